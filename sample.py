@@ -1,0 +1,1063 @@
+"""Chapter 3: the policy. Load it, prompt it, sample from it, and ask for the log-prob of what it said.
+
+    python sample.py                                   # sft.pt, or the tiny base model where there is none
+    python sample.py --ckpt grpo.pt --n 8 --temperature 0.7
+
+Reinforcement learning on a language model needs two things from it: rollouts (section 4) and the log-probability of given
+tokens with its gradient (section 3). Both run over one set of weights, the parameters of a Hugging Face model, so the sampler
+can never be stale. The sections, in reading order: 1 policy and checkpoint, 2 prompt, 3 log-prob, 4 sampler, 5 accuracy, 6 command.
+
+Simplifications, against what an inference server does:
+1. One GPU, one process. The KV cache is one rectangle per row (no pages): memory is reserved for the longest row.
+2. Rows share a cached prefix only with the other rows of their own prompt: that is where GRPO's groups gain.
+3. No top-p, top-k or penalties: they would make the sampled distribution differ from the one that is trained.
+4. Our decode step knows Qwen2/2.5, Qwen3 and Llama 3; every other model runs through its own slow forward (a line says so).
+"""
+import argparse
+import functools
+import json
+import math
+import os
+import pickle
+import sys
+import tempfile
+import time
+import zipfile
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+import transformers
+from tokenizers import Tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+import data
+from data import InputError
+
+try:                                       # no Triton on macOS and Windows: the PyTorch twins below do the same sums
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# 1. The policy and its checkpoint
+# ---------------------------------------------------------------------------------------------------------------------------
+FORMAT, VERSION = "bridge-policy", 1
+TINY_BASE = Path(__file__).parent / "results" / "tiny" / "base.pt"
+
+
+@dataclass
+class Policy:
+    """A causal language model with its tokenizer. `info` holds the arguments that made it and where it came from."""
+    model: torch.nn.Module
+    tokenizer: object
+    device: torch.device
+    info: dict = field(default_factory=dict)
+    engine: object = field(default=None, repr=False)          # the sampler's KV cache and CUDA graphs, kept between calls
+
+    @property
+    def eos_ids(self):
+        """Every token id that ends a response: the tokenizer's, and those that the model's generation config adds."""
+        ids = getattr(self.model.generation_config, "eos_token_id", None)
+        ids = ids if isinstance(ids, (list, tuple)) else [ids]
+        return {i for i in [self.tokenizer.eos_token_id, *ids] if i is not None}
+
+
+def default_device():
+    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def load_policy(path_or_name, device=None, dtype=None):
+    """A Policy from a .pt checkpoint of this project, a Hugging Face folder, or a name on the Hugging Face hub.
+
+    dtype defaults to bf16 on CUDA and fp32 elsewhere. Raises data.InputError, in one sentence, for a file that is missing,
+    truncated or not a checkpoint, and for a name that cannot be loaded.
+    """
+    device = torch.device(device) if device else default_device()
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    path = str(path_or_name)
+    if path.endswith(".pt"):
+        model, tokenizer, info = _read_checkpoint(path, dtype)
+    else:
+        try:
+            # tokenizer.json as it is written; AutoTokenizer would rebuild some from the model type and lose a custom vocabulary
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise InputError(f"{path}: not a .pt file, and Hugging Face cannot load it as a folder or a name ({reason})") from None
+        info = {"source": path}
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"{path}: its tokenizer has no end token, so a response could never end; use a tokenizer with one")
+    return Policy(model.to(device).eval(), tokenizer, device, info)
+
+
+def save_policy(path, policy, info=None, dtype=None):
+    """Write one .pt file that torch.load(weights_only=True) opens. The file appears whole or not at all.
+
+    dtype (e.g. torch.bfloat16) rounds the stored weights; None stores them as they are. A tied head is stored once.
+    """
+    weights, stored = {}, set()
+    for name, tensor in policy.model.state_dict().items():
+        if tensor.data_ptr() not in stored:
+            stored.add(tensor.data_ptr())
+            tensor = tensor.detach()
+            weights[name] = tensor.to("cpu", dtype if dtype and tensor.is_floating_point() else tensor.dtype).contiguous()
+    tokenizer = policy.tokenizer
+    special = {k: str(v) for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
+    content = {
+        "format": FORMAT, "version": VERSION, "weights": weights,
+        "config": json.loads(policy.model.config.to_json_string(use_diff=False)),
+        "eos_ids": sorted(policy.eos_ids),
+        "tokenizer": {"json": tokenizer.backend_tokenizer.to_str(), "special": special, "chat_template": tokenizer.chat_template},
+        "info": json.loads(json.dumps(info if info is not None else policy.info, default=str)),
+    }
+    write_atomically(path, content)
+
+
+def write_atomically(path, content):
+    """torch.save through a temporary file in the same folder: a crash leaves the old file or the new one, never half a one."""
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _read_checkpoint(path, dtype):
+    """model, tokenizer, info from one of our .pt files. weights_only: a checkpoint is data and can never run code."""
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: no such file; make it first (sft.py writes sft.pt, grpo.py writes grpo.pt) or name another")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile):
+        raise InputError(f"{path}: truncated, or not a PyTorch file; write it again") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise InputError(f"{path}: a PyTorch file, but not a policy of this project; name a file that sft.py or grpo.py wrote")
+    if content["version"] != VERSION:
+        raise InputError(f"{path}: checkpoint format {content['version']}, this code reads {VERSION}; write it again")
+    try:
+        config = AutoConfig.for_model(**content["config"])
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        result = model.load_state_dict(content["weights"], strict=False)
+        model.tie_weights()
+        parts = content["tokenizer"]
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(parts["json"]), **parts["special"])
+        tokenizer.chat_template = parts["chat_template"]
+        model.generation_config.eos_token_id = content["eos_ids"]
+    except Exception as error:                    # whatever a damaged dict makes Hugging Face raise, the user reads one sentence
+        raise InputError(f"{path}: its contents do not make a model ({str(error).splitlines()[0]}); write it again") from None
+    loaded = {tensor.data_ptr() for name, tensor in model.state_dict().items() if name in content["weights"]}
+    missing = [name for name in result.missing_keys if model.state_dict()[name].data_ptr() not in loaded]     # a tied head is not
+    if missing or result.unexpected_keys:
+        raise InputError(f"{path}: weights do not fit the config (first: {(missing + result.unexpected_keys)[0]}); write it again")
+    return model, tokenizer, content["info"]
+
+
+def export_policy(policy, folder):
+    """Write a Hugging Face folder that transformers (and vLLM) load with the same logits.
+
+    Load the tokenizer of the tiny base with PreTrainedTokenizerFast: AutoTokenizer takes any "qwen2" folder for Qwen's own.
+    """
+    policy.model.save_pretrained(folder)
+    policy.tokenizer.save_pretrained(folder)
+
+
+def default_checkpoint(name=None):
+    """The checkpoint to use: `name` if given, else sft.pt, else the tiny base model (a line on stderr says so)."""
+    if name:
+        if str(name).endswith(".pt") and not os.path.isfile(name):
+            raise InputError(f"{name}: no such file (--ckpt); run sft.py first or name another checkpoint")
+        return str(name)
+    if os.path.isfile("sft.pt"):
+        return "sft.pt"
+    print(f"no sft.pt here: using the tiny base model {TINY_BASE} (python sft.py fine-tunes it)", file=sys.stderr)
+    return str(TINY_BASE)
+
+
+def describe(policy):
+    """One line: size, device, dtype, and which code computes log-probs and runs the decode step."""
+    parameters = sum(p.numel() for p in policy.model.parameters())
+    dtype = str(next(policy.model.parameters()).dtype).removeprefix("torch.")
+    kernel = _pick_backend("auto", next(policy.model.parameters()))
+    reason = why_not_ours(policy.model)
+    step = f"Hugging Face's forward, slow ({reason})" if reason else "our decode step"
+    return f"policy: {parameters / 1e6:.1f}M parameters, {policy.device.type}, {dtype}; log-prob kernel: {kernel}; sampler: {step}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# 2. The prompt: the only place where text becomes tokens and tokens text
+# ---------------------------------------------------------------------------------------------------------------------------
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+SYSTEM_PROMPT = ("Solve the user's problem. First reason step by step inside <think> and </think>, "
+                 "then give the result inside <answer> and </answer> as \\boxed{integer}.")
+
+
+def encode_prompt(tokenizer, question):
+    """Token ids of the prompt. It always ends with the opening <think>, exactly once, and holds at most one BOS."""
+    if tokenizer.chat_template:
+        messages = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": question}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        if text.rstrip().endswith("<think>"):                            # templates of "thinking" models write it themselves
+            text = text.rstrip().removesuffix("<think>")
+        bos = []                                                         # the template writes its own BOS where it wants one
+    else:
+        text = f"{SYSTEM_PROMPT}\n\n{question}\n"
+        bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    return bos + tokenizer(text + "<think>", add_special_tokens=False).input_ids
+
+
+def encode_response(tokenizer, response):
+    """Token ids of the answer to train on: the response without its opening <think>, then exactly one EOS."""
+    text = response.removeprefix("<think>")
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    while ids and ids[-1] == tokenizer.eos_token_id:
+        ids.pop()
+    return ids + [tokenizer.eos_token_id]
+
+
+@functools.lru_cache(maxsize=8)
+def _hidden_ids(tokenizer):
+    """Ids that decode() leaves out: special tokens, but never the response's own tags, whatever the tokenizer calls them."""
+    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return (added | set(tokenizer.all_special_ids)) - set(tokenizer.convert_tokens_to_ids(list(TAGS)))
+
+
+def decode(tokenizer, tokens):
+    """The text of a response (what follows the prompt), end tokens and other special tokens left out."""
+    hidden = _hidden_ids(tokenizer)
+    return tokenizer.decode([t for t in tokens if t not in hidden], clean_up_tokenization_spaces=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# 3. Log-probabilities of given tokens, and the entropy of the distribution they were drawn from
+#
+# For a row x of logits (already divided by the temperature) and its target y, with m = max x and d = sum e^(x - m):
+#     logprob = (x_y - m) - log d            entropy H = log d - sum e^(x - m) (x - m) / d
+#     d logprob / d x = onehot(y) - p        d H / d x = -p (log p + H)            p = e^(x - m - log d)
+# m and log d are saved apart: m + log d would round log d away where all logits share a large offset.
+# ---------------------------------------------------------------------------------------------------------------------------
+IGNORE = -100                              # a target with this value is masked: log-prob 0, entropy 0, no gradient
+
+
+def rows_forward(x, targets, scale):
+    """The specification of the forward kernel. x (N, V) logits, targets (N,), scale = 1 / temperature.
+
+    Returns logprob, entropy, m, log d: each (N,) fp32.
+    """
+    x = x.float() * scale
+    m = x.amax(-1, keepdim=True)
+    x = x.sub_(m)
+    target = x.gather(-1, targets.clamp(min=0)[:, None]).squeeze(-1)
+    x.clamp_(min=-1e4)                     # a logit of -inf has e^x = 0, and 0 * -1e4 is 0 where 0 * -inf is NaN
+    e = x.exp()
+    d = e.sum(-1)
+    log_d = d.log()
+    entropy = log_d - e.mul_(x).sum(-1) / d
+    masked = targets == IGNORE
+    return (target - log_d).masked_fill_(masked, 0), entropy.masked_fill_(masked, 0), m.squeeze(-1), log_d
+
+
+def rows_backward(x, targets, scale, entropy, m, log_d, g_logprob, g_entropy, out):
+    """The specification of the backward kernel: d loss / d x into `out` (N, V), which may be x itself.
+
+    g_logprob and g_entropy (N,) are the upstream gradients, one per token; g_entropy may be None.
+    """
+    logp = (x.float() * scale).sub_(m[:, None]).sub_(log_d[:, None])
+    g_logprob = g_logprob.masked_fill(targets == IGNORE, 0)
+    if g_entropy is None:
+        grad = logp.exp_().mul_(-g_logprob[:, None])
+    else:
+        g_entropy = g_entropy.masked_fill(targets == IGNORE, 0)[:, None]
+        p = logp.exp()
+        grad = logp.clamp_(min=-1e4).add_(entropy[:, None]).mul_(-g_entropy).sub_(g_logprob[:, None]).mul_(p)
+    grad.scatter_add_(1, targets.clamp(min=0)[:, None], g_logprob[:, None])       # fp32: rounding comes after the subtraction
+    torch.mul(grad, scale, out=grad)
+    out.copy_(grad.masked_fill_((targets == IGNORE)[:, None], 0))
+
+
+if triton is not None:
+    @triton.jit
+    def _forward_kernel(x_ptr, target_ptr, logprob_ptr, entropy_ptr, m_ptr, log_d_ptr, stride, V, scale, BLOCK: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)                  # int64: row * stride passes 2^31 at 16,384 x 151,936
+        target = tl.load(target_ptr + row)
+        if target == -100:
+            tl.store(logprob_ptr + row, 0.0)
+            tl.store(entropy_ptr + row, 0.0)
+            tl.store(m_ptr + row, 0.0)
+            tl.store(log_d_ptr + row, 0.0)
+            return
+        x_ptr += row * stride
+        m, d, s = -1e30, 0.0, 0.0                            # running max, sum e^(x-m), sum e^(x-m) (x-m)
+        for start in range(0, V, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            x = tl.load(x_ptr + column, mask=column < V, other=-float("inf")).to(tl.float32) * scale
+            m_new = tl.maximum(m, tl.max(x, 0))
+            shrink = tl.exp(m - m_new)                       # the maximum moved: what was summed so far is rescaled,
+            s = shrink * (s + (m - m_new) * d)               # e^(x-m') (x-m') = e^(m-m') e^(x-m) ((x-m) + (m-m'))
+            e = tl.exp(x - m_new)
+            d = shrink * d + tl.sum(e, 0)
+            s += tl.sum(tl.where(e > 0, e * (x - m_new), 0.0), 0)       # the tail would be 0 * -inf = NaN
+            m = m_new
+        log_d = tl.log(d)
+        x_y = tl.load(x_ptr + target).to(tl.float32) * scale
+        tl.store(logprob_ptr + row, (x_y - m) - log_d)
+        tl.store(entropy_ptr + row, log_d - s / d)
+        tl.store(m_ptr + row, m)
+        tl.store(log_d_ptr + row, log_d)
+
+    @triton.jit
+    def _backward_kernel(x_ptr, out_ptr, target_ptr, entropy_ptr, m_ptr, log_d_ptr, g_logprob_ptr, g_entropy_ptr,
+                         stride, out_stride, V, scale, BLOCK: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)
+        column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)          # no sum is left to do: blocks are independent
+        target = tl.load(target_ptr + row)
+        out_ptr += row * out_stride
+        if target == -100:
+            tl.store(out_ptr + column, tl.zeros([BLOCK], tl.float32), mask=column < V)
+            return
+        x = tl.load(x_ptr + row * stride + column, mask=column < V, other=-float("inf")).to(tl.float32) * scale
+        g, g_entropy = tl.load(g_logprob_ptr + row), tl.load(g_entropy_ptr + row)          # this token's own, not token 0's
+        logp = (x - tl.load(m_ptr + row)) - tl.load(log_d_ptr + row)
+        p = tl.exp(logp)
+        grad = tl.where(p > 0, -p * (g + g_entropy * (logp + tl.load(entropy_ptr + row))), 0.0)
+        grad = tl.where(column == target, grad + g, grad) * scale
+        tl.store(out_ptr + column, grad, mask=column < V)
+
+
+def launch_shape(V):
+    """(BLOCK, num_warps) for a vocabulary of V: up to 4096 a block, 16 values a thread; larger blocks spill registers."""
+    block = min(4096, max(128, triton.next_power_of_2(V)))
+    return block, max(1, min(8, block // 512))
+
+
+def rows_forward_triton(x, targets, scale):
+    N, V = x.shape
+    block, warps = launch_shape(V)
+    out = torch.empty(4, N, device=x.device, dtype=torch.float32)
+    if N:
+        _forward_kernel[(N,)](x, targets, *out, x.stride(0), V, scale, BLOCK=block, num_warps=warps)
+    return tuple(out)
+
+
+def rows_backward_triton(x, targets, scale, entropy, m, log_d, g_logprob, g_entropy, out):
+    N, V = x.shape
+    block, warps = launch_shape(V)
+    g_entropy = torch.zeros_like(g_logprob) if g_entropy is None else g_entropy
+    if N:
+        _backward_kernel[(N, triton.cdiv(V, block))](x, out, targets, entropy, m, log_d, g_logprob.contiguous(), g_entropy.contiguous(),
+                                                     x.stride(0), out.stride(0), V, scale, BLOCK=block, num_warps=warps)
+
+
+def rows_forward_torch(x, targets, scale):
+    """rows_forward a block of rows at a time: its several passes then run in a CPU's cache, three times faster."""
+    parts = [rows_forward(x[rows], targets[rows], scale) for rows in _blocks(x)]
+    return tuple(torch.cat(part) for part in zip(*parts))
+
+
+def rows_backward_torch(x, targets, scale, entropy, m, log_d, g_logprob, g_entropy, out):
+    for rows in _blocks(x):
+        rows_backward(x[rows], targets[rows], scale, entropy[rows], m[rows], log_d[rows], g_logprob[rows],
+                      None if g_entropy is None else g_entropy[rows], out[rows])
+
+
+def _blocks(x):
+    size = max(1, BLOCK_BYTES // (4 * x.shape[-1]))
+    return [slice(start, start + size) for start in range(0, len(x), size)]
+
+
+BLOCK_BYTES = 1 << 20
+BACKENDS = {"torch": (rows_forward_torch, rows_backward_torch), "triton": (rows_forward_triton, rows_backward_triton)}
+
+
+def _pick_backend(backend, tensor):
+    if backend == "auto":
+        return "triton" if triton is not None and tensor.is_cuda else "torch"
+    if backend == "triton" and triton is None:
+        raise ValueError("backend='triton' needs the triton package; backend='torch' computes the same")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be auto, triton or torch, not {backend!r}")
+    return backend
+
+
+def _row_views(x):
+    """Views (rows, V) that cover x (..., V) in order. A slice such as logits[:, :-1] is walked, never copied whole."""
+    try:
+        return [x.view(-1, x.shape[-1])]
+    except RuntimeError:
+        return [view for part in x for view in _row_views(part)]
+
+
+class _LogitsLogProb(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, targets, scale, backend, overwrite):
+        ctx.set_materialize_grads(False)                     # an output that the loss does not use costs no gradient pass
+        views, flat = _row_views(logits), targets.reshape(-1)
+        parts = [BACKENDS[backend][0](x, y, scale) for x, y in zip(views, flat.split([len(x) for x in views]))]
+        logprob, *stats = (torch.cat(part) for part in zip(*parts))                   # entropy, m, log d: (N,) each
+        ctx.save_for_backward(logits, flat, *stats)
+        ctx.options = scale, backend, overwrite
+        return logprob.view(targets.shape), stats[0].clone().view(targets.shape)
+
+    @staticmethod
+    def backward(ctx, g_logprob, g_entropy):
+        logits, flat, *stats = ctx.saved_tensors
+        scale, backend, overwrite = ctx.options
+        per_row = [flat, *stats, torch.zeros_like(stats[0]) if g_logprob is None else g_logprob.reshape(-1),
+                   None if g_entropy is None else g_entropy.reshape(-1)]
+        grad = logits if overwrite else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        start = 0
+        for x, out in zip(_row_views(logits), _row_views(grad) if overwrite else grad.view(-1, grad.shape[-1]).split(
+                [len(x) for x in _row_views(logits)])):
+            y, entropy, m, log_d, g, g_h = (None if t is None else t[start:start + len(x)] for t in per_row)
+            BACKENDS[backend][1](x, y, scale, entropy, m, log_d, g, g_h, out)
+            start += len(x)
+        return grad, None, None, None, None
+
+
+def logits_logprobs(logits, targets, *, temperature=1.0, backend="auto", overwrite=False):
+    """Log-prob of each target and entropy of its distribution, from logits.
+
+    logits (..., V) any float dtype, any strides with the last dimension dense; targets (...) int64, -100 = masked.
+    Returns logprob, entropy: fp32 in nats, shape of targets, differentiable in logits with an own upstream gradient per token.
+    overwrite=True lets the backward pass write the gradient over the logits: half the memory, and the logits are lost.
+    """
+    backend = _pick_backend(backend, logits)
+    if not targets.numel():
+        zero = logits.sum(-1).float()                        # empty, but still part of the graph
+        return zero, zero.clone()
+    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
+        logits = logits.contiguous()
+    return _LogitsLogProb.apply(logits, targets.contiguous(), 1.0 / temperature, backend, overwrite)
+
+
+CPU_CHUNK = 1 << 25          # bytes of logits a chunk: enough rows that adding to the head's gradient once a chunk is cheap
+GPU_CHUNK = 1 << 28          # 1/20 of the 16,384 x 151,936 logits in bf16
+
+
+class _LinearLogProb(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, scale, backend, rows):
+        ctx.set_materialize_grads(False)
+        h, flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+        keep = (flat != IGNORE).nonzero().squeeze(-1)                        # masked tokens cost nothing from here on
+        stats = torch.zeros(4, len(keep), device=h.device, dtype=torch.float32)
+        for chunk, stat in zip(keep.split(rows), stats.split(rows, dim=1)):
+            for row, value in zip(stat, BACKENDS[backend][0](h[chunk] @ weight.T, flat[chunk], scale)):
+                row.copy_(value)
+        result = torch.zeros(2, len(flat), device=h.device, dtype=torch.float32)
+        result[:, keep] = stats[:2]
+        ctx.save_for_backward(hidden, weight, flat, keep, stats)
+        ctx.options = scale, backend, rows
+        return result[0].view(targets.shape), result[1].view(targets.shape)
+
+    @staticmethod
+    def backward(ctx, g_logprob, g_entropy):
+        hidden, weight, flat, keep, stats = ctx.saved_tensors
+        scale, backend, rows = ctx.options
+        h = hidden.reshape(-1, hidden.shape[-1])
+        g_logprob = torch.zeros_like(stats[0]) if g_logprob is None else g_logprob.reshape(-1)[keep]
+        g_entropy = None if g_entropy is None else g_entropy.reshape(-1)[keep]
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.zeros_like(h) if need_hidden else None
+        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_weight else None
+        for start in range(0, len(keep), rows):
+            part = slice(start, start + rows)
+            chunk = keep[part]
+            x = h[chunk]
+            logits = x @ weight.T                                             # computed again: cheaper than keeping it
+            BACKENDS[backend][1](logits, flat[chunk], scale, *stats[1:, part], g_logprob[part],
+                                 None if g_entropy is None else g_entropy[part], logits)
+            if need_hidden:
+                grad_hidden[chunk] = logits @ weight
+            if need_weight:                                                   # fp32 sum over chunks: in bf16 it would stall
+                grad_weight.addmm_(logits.T, x) if x.dtype == torch.float32 else grad_weight.add_(logits.T @ x)
+        return (grad_hidden.view(hidden.shape) if need_hidden else None,
+                grad_weight.to(weight.dtype) if need_weight else None, None, None, None, None)
+
+
+def token_logprobs(hidden, weight, targets, *, temperature=1.0, backend="auto", chunk_bytes=None):
+    """Log-prob and entropy of each target from the last hidden states, without ever holding the [tokens x vocabulary] matrix.
+
+    hidden (..., H); weight (V, H), the output head; targets (...) int64, -100 = masked (gives 0, 0 and no gradient).
+    backend: "auto" (Triton on CUDA, else PyTorch), "triton" or "torch". chunk_bytes bounds one chunk of logits.
+    Returns logprob, entropy: fp32 in nats, shape of targets, differentiable in hidden and weight. The logits are computed in
+    the dtype of hidden, as the sampler does; everything after them is fp32. The backward pass computes them a second time.
+    """
+    backend = _pick_backend(backend, hidden)
+    chunk_bytes = chunk_bytes or (GPU_CHUNK if hidden.is_cuda else CPU_CHUNK)
+    rows = max(1, chunk_bytes // (weight.shape[0] * hidden.element_size()))
+    return _LinearLogProb.apply(hidden, weight, targets, 1.0 / temperature, backend, rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# 4. The sampler
+#
+# A *row* is one rollout on its way. Rows live in the slots of a static KV cache; one step feeds every live row its last token
+# and draws the next one. The host looks at the drawn tokens every SYNC steps: finished rows leave, waiting prompts take their
+# slots, and when none wait, the last rows move into the holes so that the batch shrinks (compaction).
+# ---------------------------------------------------------------------------------------------------------------------------
+@dataclass(slots=True)
+class Rollout:
+    """One sampled response: token ids (end token included), their log-probs in nats, and why it stopped.
+
+    stop: "eos" the end token came; "closed" </answer> was closed and no end token followed; "length" max_new_tokens reached.
+    """
+    tokens: list
+    logprobs: list
+    stop: str = ""
+
+
+# --- drawing a token -------------------------------------------------------------------------------------------------------
+# Gumbel-max: argmax_v (x_v + G_v) with G_v = -log E_v, E_v ~ Exp(1), is a draw from softmax(x). The noise is not a stream that
+# a schedule could shift but a function: a hash of (seed, prompt, sample, position, vocabulary id).
+def mix(x):
+    """A bijection on 32-bit integers that scatters its input (int32 tensors; C. Wellons' "lowbias32" constants)."""
+    x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D              # >> copies the sign bit: the mask makes the shift a logical one
+    x = (x ^ ((x >> 15) & 0x1FFFF)) * -0x7B935975            # 0x846CA68B as a signed number
+    return x ^ ((x >> 16) & 0xFFFF)
+
+
+def row_keys(seed, prompts, n):
+    """(prompts, n) int32 hash keys. mix is a bijection, so the samples of one prompt can never share a key."""
+    key = mix(mix(torch.tensor(seed & 0xFFFFFFFF)).to(torch.int32) + torch.tensor((seed >> 32) & 0x7FFFFFFF, dtype=torch.int32))
+    key = mix(key ^ mix(torch.arange(prompts, dtype=torch.int32)))
+    return mix(key[:, None] + torch.arange(n, dtype=torch.int32))
+
+
+def draw(logits, key, position, temperature):
+    """One token a row. logits (B, V), key (B,) int32, position (B,) int64 -> token (B,) int64, logprob (B,) fp32.
+
+    The log-prob is that of the sampling temperature; temperature 0 takes the largest logit and its log-prob at temperature 1.
+    """
+    if triton is not None and logits.is_cuda:
+        return draw_triton(logits, key, position, temperature)
+    logp = torch.log_softmax(logits.float() / (temperature or 1.0), -1)
+    if temperature == 0:
+        token = logp.argmax(-1)
+    else:
+        vocabulary = mix(torch.arange(logits.shape[-1], device=logits.device, dtype=torch.int32))
+        bits = mix(mix(key + mix(position.to(torch.int32)))[:, None] ^ vocabulary) & 0x7FFFFFFF
+        u = ((bits.float() + 0.5) * 2.0 ** -31).clamp_(max=1 - 2.0 ** -24)     # fine near 0, where winners come from; never 1
+        token = (logp - (-torch.log1p(-u)).log()).argmax(-1)
+    return token, logp.gather(-1, token[:, None]).squeeze(-1)
+
+
+if triton is not None:
+    @triton.jit
+    def _mix(x):                                             # uint32: the shifts are logical and products wrap
+        x = (x ^ (x >> 16)) * 0x7FEB352D
+        x = (x ^ (x >> 15)) * 0x846CA68B
+        return x ^ (x >> 16)
+
+    @triton.jit
+    def _draw_kernel(x_ptr, key_ptr, position_ptr, token_ptr, logprob_ptr, stride, V, scale, GREEDY: tl.constexpr, BLOCK: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)                  # draw() in one pass over the logits
+        key = tl.load(key_ptr + row).to(tl.uint32, bitcast=True)
+        key = _mix(key + _mix(tl.load(position_ptr + row).to(tl.uint32)))
+        m, d, best, token, x_token = -1e30, 0.0, -float("inf"), 0, 0.0
+        for start in range(0, V, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            x = tl.load(x_ptr + row * stride + column, mask=column < V, other=-float("inf")).to(tl.float32) * scale
+            m_new = tl.maximum(m, tl.max(x, 0))
+            d = d * tl.exp(m - m_new) + tl.sum(tl.exp(x - m_new), 0)
+            m = m_new
+            score = x
+            if not GREEDY:
+                bits = _mix(key ^ _mix(column.to(tl.uint32))) & 0x7FFFFFFF
+                u = tl.minimum((bits.to(tl.float32) + 0.5) * 4.656612873077393e-10, 0.99999994)
+                e = tl.where(u < 1e-3, u + u * u * (0.5 + u / 3), -tl.log(1 - u))       # -log1p(-u) without a library call
+                score = x - tl.log(e)
+            top = tl.max(score, 0)
+            if top > best:
+                best = top
+                token = tl.min(tl.where(score == top, column, V), 0)
+                x_token = tl.sum(tl.where(column == token, x, 0.0), 0)
+        tl.store(token_ptr + row, token)
+        tl.store(logprob_ptr + row, (x_token - m) - tl.log(d))
+
+
+def draw_triton(logits, key, position, temperature):
+    B, V = logits.shape
+    block, warps = launch_shape(V)
+    token, logprob = torch.empty_like(position), torch.empty(B, device=logits.device)
+    _draw_kernel[(B,)](logits, key, position, token, logprob, logits.stride(0), V, 1 / (temperature or 1.0), GREEDY=temperature == 0,
+                       BLOCK=block, num_warps=warps)
+    return token, logprob
+
+
+# --- the model, one token at a time ----------------------------------------------------------------------------------------
+def why_not_ours(model):
+    """None if the decode step below computes what `model` computes, else the reason why not."""
+    config = model.config
+    if config.model_type not in ("qwen2", "qwen3", "llama"):
+        return f"model type {config.model_type}"
+    if "sliding_attention" in (getattr(config, "layer_types", None) or []):
+        return "sliding-window attention"
+    if config.hidden_act != "silu":
+        return f"activation {config.hidden_act}"
+    rope = config.rope_parameters["rope_type"]
+    return None if rope in ("default", "llama3", "linear", "yarn") else f"rope type {rope}"
+
+
+class Decoder:
+    """Prefill and decode step of a Llama-shaped model over the Hugging Face model's own parameter tensors.
+
+    The KV cache has two parts. `shared` holds each prompt once, all but its last token, however many rows answer it; `own`
+    holds what a row alone has seen, from the last prompt token on. A step attends over both.
+    """
+    def __init__(self, model, rows, groups, prompt_length, new_length):
+        config, body = model.config, model.model
+        weight = model.lm_head.weight
+        self.size, self.device = (rows, groups, prompt_length, new_length), weight.device
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.dim = getattr(config, "head_dim", None) or config.hidden_size // self.heads
+        # (layers, 2, rows, kv_heads, length, D). Zeros, not empty: a masked column is multiplied by 0, and 0 * NaN is NaN.
+        cache = lambda rows, length: torch.zeros(config.num_hidden_layers, 2, rows, self.kv_heads, length, self.dim,
+                                                 dtype=weight.dtype, device=self.device)
+        self.own, self.shared = cache(rows, new_length), cache(groups, prompt_length)
+        rotary = body.rotary_emb                             # inv_freq carries Llama 3's scaling
+        angle = torch.arange(prompt_length + new_length, device=self.device)[:, None] * rotary.inv_freq.float()
+        cos, sin = angle.cos() * rotary.attention_scaling, angle.sin() * rotary.attention_scaling
+        self.cos = torch.cat((cos, cos), -1).to(weight.dtype)                                          # (length, D)
+        self.sin = torch.cat((-sin, sin), -1).to(weight.dtype)               # the sign of rotate-half, put into the table
+        self.column = torch.arange(max(prompt_length, new_length), device=self.device)
+        self.slot = torch.arange(rows, device=self.device)[:, None]                                    # (rows, 1)
+        self.head_index = torch.arange(self.kv_heads, device=self.device)                              # (kv_heads,)
+        self.sync = 16 if self.device.type == "cuda" else 1
+        # What a step reads and writes besides the cache. The host rewrites `state` before every run of steps.
+        self.state = torch.zeros(6, rows, dtype=torch.int64, device=self.device)       # token, position, start, key, group, place
+        self.member = torch.zeros(4 * groups * rows, dtype=torch.int64, device=self.device)
+        self.out_token = torch.zeros(self.sync, rows, dtype=torch.int64, device=self.device)
+        self.out_logprob = torch.zeros(self.sync, rows, device=self.device)
+        self.count = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self.graphs, self.pool, self.signature = {}, None, None
+
+    def bind(self, model):
+        """Look the parameters up again. Values changed in place are seen anyway; replaced tensors are seen from here on."""
+        def layer(block):
+            attention, mlp = block.self_attn, block.mlp
+            def norm(module): return None if module is None else (module.weight, module.variance_epsilon)
+            def linear(module): return module.weight, module.bias
+            return SimpleNamespace(norm1=norm(block.input_layernorm), q=linear(attention.q_proj), k=linear(attention.k_proj),
+                                   v=linear(attention.v_proj), o=linear(attention.o_proj), q_norm=norm(getattr(attention, "q_norm", None)),
+                                   k_norm=norm(getattr(attention, "k_norm", None)), norm2=norm(block.post_attention_layernorm),
+                                   gate=linear(mlp.gate_proj), up=linear(mlp.up_proj), down=linear(mlp.down_proj))
+        self.embedding, self.head = model.model.embed_tokens.weight, model.lm_head.weight
+        self.norm, self.layers = (model.model.norm.weight, model.model.norm.variance_epsilon), [layer(b) for b in model.model.layers]
+        signature = [p.data_ptr() for p in model.parameters()]
+        if signature != self.signature:
+            self.graphs, self.signature = {}, signature      # a captured graph holds addresses
+
+    def transformer(self, x, cos, sin, attend):
+        """x (..., hidden) -> (..., hidden) before the last norm. cos, sin (..., 1, D); attend(i, q, k, v) mixes positions."""
+        for i, w in enumerate(self.layers):
+            h = rms_norm(x, w.norm1)
+            q = F.linear(h, *w.q).unflatten(-1, (self.heads, self.dim))                                # (..., heads, D)
+            k = F.linear(h, *w.k).unflatten(-1, (self.kv_heads, self.dim))
+            v = F.linear(h, *w.v).unflatten(-1, (self.kv_heads, self.dim))
+            if w.q_norm:
+                q, k = rms_norm(q, w.q_norm), rms_norm(k, w.k_norm)
+            q = torch.addcmul(q * cos, q.roll(self.dim // 2, -1), sin)
+            k = torch.addcmul(k * cos, k.roll(self.dim // 2, -1), sin)
+            x = x + F.linear(attend(i, q, k, v).flatten(-2), *w.o)
+            h = rms_norm(x, w.norm2)
+            x = x + F.linear(F.silu(F.linear(h, *w.gate)) * F.linear(h, *w.up), *w.down)
+        return x
+
+    def prefill(self, prompts):
+        """Keys and values of every prompt but its last token, which the first step feeds. One (layers, 2, kv_heads, T, D) each.
+
+        Shorter prompts are padded on the right, where causal attention never looks.
+        """
+        T = max(1, max(map(len, prompts)) - 1)
+        ids = torch.zeros(len(prompts), T, dtype=torch.int64)
+        for i, prompt in enumerate(prompts):
+            ids[i, :len(prompt) - 1] = torch.tensor(prompt[:-1])
+        cache = []
+
+        def attend(i, q, k, v):                              # (P, T, heads, D)
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))                                           # (P, heads, T, D)
+            cache.append(torch.stack((k, v)))
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+        self.transformer(F.embedding(ids.to(self.device), self.embedding), self.cos[:T, None], self.sin[:T, None], attend)
+        cache = torch.stack(cache)                           # (layers, 2, P, kv_heads, T, D)
+        return [cache[:, :, i, :, :len(prompt) - 1] for i, prompt in enumerate(prompts)]
+
+    def place(self, group, kv):
+        """Store a prompt's keys and values, once for all its rows."""
+        self.shared[:, :, group, :, :kv.shape[3]] = kv
+
+    def move(self, source, target, length):
+        self.own[:, :, target, :, :length] = self.own[:, :, source, :, :length]
+
+    def step(self, shape, temperature):
+        """Feed each of the first B rows its token, draw the next. No host sync inside, so that CUDA can capture it.
+
+        shape = (B, P, S, Tp, To): B rows, of which up to S answer each of P prompts; the step reads the first Tp columns of the
+        prompts' cache and the first To of the rows'. The rows of a prompt become the queries of one matrix product, so its
+        keys are read once for all of them (the idea of "Hydragen", arXiv 2402.05099).
+        """
+        B, P, S, Tp, To = shape
+        token, position, start, key, group, place = self.state[:, :B]                                  # (B,) each
+        member = self.member[:P * S].view(P, S)              # the rows of each prompt, padded with row 0
+        own_position = position - start                      # start: the position of the prompt's last token
+        seen = torch.cat((self.column[:Tp] < start[:, None], self.column[:To] <= own_position[:, None]), 1)
+        bias = torch.zeros(B, Tp + To, dtype=self.own.dtype, device=self.device).masked_fill_(~seen, -math.inf)[:, None, None]
+        here = self.slot[:B], self.head_index, own_position[:, None]                                   # broadcast to (B, kv_heads)
+
+        def by_prompt(x):                                    # (B, kv_heads, G, .) -> (P, kv_heads, S * G, .)
+            return x[member].transpose(1, 2).flatten(2, 3)
+
+        def by_row(x):                                       # and back
+            return x.unflatten(2, (S, -1)).transpose(1, 2)[group, place]
+
+        def attend(i, q, k, v):
+            keys, values = self.own[i]
+            keys.index_put_(here, k)
+            values.index_put_(here, v)
+            keys, values = keys[:B, :, :To], values[:B, :, :To]                                        # (B, kv_heads, To, D)
+            shared_keys, shared_values = self.shared[i, :, :P, :, :Tp]                                 # (P, kv_heads, Tp, D)
+            q = q.view(B, self.kv_heads, -1, self.dim)       # G query heads to a kv head, which is not repeated
+            scores = torch.cat((by_row(by_prompt(q) @ shared_keys.mT), q @ keys.mT), -1)               # (B, kv_heads, G, Tp + To)
+            weights = torch.softmax(torch.add(bias, scores, alpha=self.dim ** -0.5), -1, dtype=torch.float32).to(v.dtype)
+            out = by_row(by_prompt(weights[..., :Tp]) @ shared_values) + weights[..., Tp:] @ values
+            return out.flatten(1, 2)                                                                   # (B, heads, D)
+
+        x = self.transformer(F.embedding(token, self.embedding), self.cos[position][:, None], self.sin[position][:, None], attend)
+        logits = F.linear(rms_norm(x, self.norm), self.head)                                           # (B, V)
+        new, logprob = draw(logits, key.to(torch.int32), position, temperature)
+        self.out_token[:, :B].index_copy_(0, self.count, new[None])
+        self.out_logprob[:, :B].index_copy_(0, self.count, logprob[None])
+        self.count.add_(1)
+        token.copy_(new)
+        position.add_(1)
+
+    def run(self, rows, temperature):
+        """`sync` steps for the rows (None = an empty slot). Returns tokens and logprobs, lists (sync, rows)."""
+        groups, state = {}, []
+        for slot, row in enumerate(rows):
+            if row:
+                members = groups.setdefault(row.group, [])
+                state.append((row.last, row.length - 1, len(row.prompt) - 1, row.key, row.group, len(members)))
+                members.append(slot)
+            else:
+                state.append((0, 0, 0, 0, 0, 0))
+        live = [row for row in rows if row]
+        cuda = self.device.type == "cuda"                    # coarse sizes there: a graph is captured for each shape
+        up = (lambda x, step, limit: min(limit, round_up(x, 2 * step))) if cuda else (lambda x, step, limit: min(limit, round_up(x, step)))
+        P, S = max(groups) + 1, max(map(len, groups.values()))
+        if cuda:
+            P, S = min(self.size[1], 1 << (P - 1).bit_length()), 1 << (S - 1).bit_length()
+        shape = (len(rows), P, S, up(max(len(row.prompt) for row in live), 32, self.size[2]),
+                 up(max(len(row.rollout.tokens) for row in live) + self.sync, 32, self.size[3]))
+        member = [row for g in range(P) for row in (groups.get(g, []) + [0] * S)[:S]]
+        inputs = torch.tensor(state).T, torch.tensor(member)
+        self.upload(*inputs)
+        if cuda and (shape, temperature) not in self.graphs:
+            self.capture(shape, temperature)
+            self.upload(*inputs)                             # the warm-up moved the rows on
+        for _ in range(self.sync):
+            self.graphs[shape, temperature].replay() if cuda else self.step(shape, temperature)
+        return self.out_token[:, :len(rows)].tolist(), self.out_logprob[:, :len(rows)].tolist()
+
+    def upload(self, state, member):
+        self.state[:, :state.shape[1]] = state.to(self.device)
+        self.member[:len(member)] = member.to(self.device)
+        self.count.zero_()
+
+    def capture(self, shape, temperature):
+        """Record step(shape, temperature) as one CUDA graph: hundreds of kernel launches become one."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):                               # warm-up: libraries allocate, Triton compiles
+                self.step(shape, temperature)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            self.step(shape, temperature)
+        self.pool = self.pool or graph.pool()
+        self.graphs[shape, temperature] = graph
+
+
+def rms_norm(x, norm):
+    weight, eps = norm
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+class SlowDecoder:
+    """The same interface for any other architecture: every step runs the model's own forward over the whole sequences."""
+    def __init__(self, model, *size):
+        self.size, self.sync = size, 1
+
+    def bind(self, model):
+        self.model = model
+
+    def prefill(self, prompts):
+        return [None] * len(prompts)
+
+    def place(self, group, kv):
+        pass
+
+    def move(self, source, target, length):
+        pass
+
+    def run(self, rows, temperature):
+        device = self.model.device
+        sequences = [row.prompt + row.rollout.tokens if row else [0] for row in rows]
+        ids = torch.zeros(len(rows), max(map(len, sequences)), dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for i, sequence in enumerate(sequences):             # padded on the right
+            ids[i, :len(sequence)], mask[i, :len(sequence)] = torch.tensor(sequence), 1
+        position = mask.sum(1).to(device) - 1
+        logits = self.model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
+        key = torch.tensor([row.key if row else 0 for row in rows], dtype=torch.int32, device=device)
+        token, logprob = draw(logits[torch.arange(len(rows), device=device), position], key, position, temperature)
+        return [token.tolist()], [logprob.tolist()]
+
+
+# --- the schedule ----------------------------------------------------------------------------------------------------------
+@dataclass(slots=True)
+class _Row:
+    prompt: list
+    group: int
+    key: int
+    rollout: Rollout
+    closed: bool = False
+
+    @property
+    def length(self):
+        return len(self.prompt) + len(self.rollout.tokens)
+
+    @property
+    def last(self):
+        return self.rollout.tokens[-1] if self.rollout.tokens else self.prompt[-1]
+
+
+def round_up(x, step):
+    return -(-x // step) * step
+
+
+def batch_size(live):
+    """The smallest batch size of the ladder that holds `live` rows: four sizes an octave, so CUDA captures few graphs."""
+    return round_up(live, max(1, 2 ** ((live - 1).bit_length() - 3)))
+
+
+def batch_limit(policy, prompt_length, max_new_tokens):
+    """How many rows fit into the free memory. Ask once, at the start of a run, and keep it: the batch shape changes rounding."""
+    model, length = policy.model, round_up(prompt_length + max_new_tokens + 16, 128)
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    size = next(model.parameters()).element_size()
+    row = 2 * config.num_hidden_layers * heads * dim * length * size + 8 * config.vocab_size * size          # cache, logits
+    if policy.device.type == "cuda":
+        free = torch.cuda.mem_get_info(policy.device)[0]
+        free += torch.cuda.memory_reserved(policy.device) - torch.cuda.memory_allocated(policy.device)
+        limit = min(2048, int(0.8 * free / row))
+    else:
+        limit = min(128, int(4e9 / row))                      # a fixed budget: the same run everywhere gets the same batches
+    if limit < 1:
+        raise InputError(f"one sequence of {length} tokens needs {row / 1e9:.1f} GB and does not fit; lower --max-new-tokens")
+    return limit
+
+
+def _engine(policy, *size):
+    """The policy's decoder, made anew only if the kept one is too small. size: rows, groups, prompt length, new length."""
+    engine = policy.engine
+    if engine is None or any(have < want for have, want in zip(engine.size, size)):
+        policy.engine = None                                 # free the old cache before the new one is allocated
+        kind = SlowDecoder if why_not_ours(policy.model) else Decoder
+        policy.engine = engine = kind(policy.model, *size)
+    engine.bind(policy.model)
+    return engine
+
+
+def release(policy):
+    """Free the sampler's cache and graphs, e.g. before a training phase that needs the memory."""
+    policy.engine = None
+
+
+@functools.lru_cache(maxsize=1 << 18)
+def _may_close(tokenizer, token):
+    return ">" in tokenizer.decode([token], clean_up_tokenization_spaces=False)
+
+
+def closes(tokenizer, tokens):
+    """Whether the last token completes </answer>, which is one token in some vocabularies and several in others."""
+    return _may_close(tokenizer, tokens[-1]) and "</answer>" in tokenizer.decode(tokens[-12:], clean_up_tokenization_spaces=False)
+
+
+def check_request(policy, prompts, n, max_new_tokens):
+    if n < 1 or max_new_tokens < 1:
+        raise InputError(f"n and --max-new-tokens must be at least 1, not {n} and {max_new_tokens}")
+    if not all(prompts):
+        raise InputError("an empty prompt has no last token to continue from")
+    context = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    longest = max(map(len, prompts))
+    if longest > context - 1:
+        raise InputError(f"a prompt of {longest} tokens leaves no room in the model's context of {context}; use shorter problems")
+    if longest + max_new_tokens > context:
+        raise InputError(f"a prompt of {longest} tokens and --max-new-tokens {max_new_tokens} exceed the model's context of {context}; "
+                         f"lower --max-new-tokens to {context - longest}")
+
+
+@torch.no_grad()
+def generate(policy, prompts, n=1, max_new_tokens=512, temperature=1.0, seed=0, max_batch=None):
+    """Sample n responses to each prompt (a list of token ids). Returns, in the order of the prompts, lists of n Rollouts.
+
+    temperature 0 is greedy. The noise of a token is a function of (seed, prompt index, sample, position) alone, so neither
+    max_batch (rows at a time; None: batch_limit) nor the order in which rows finish changes a draw. Raises data.InputError
+    if a prompt with its new tokens exceeds the model's context or the memory.
+    """
+    if not prompts:
+        return []
+    check_request(policy, prompts, n, max_new_tokens)
+    longest = max(map(len, prompts))
+    limit = min(max_batch or batch_limit(policy, longest, max_new_tokens), n * len(prompts))
+    groups = min(limit, len(prompts))                        # a prompt in flight has a live row, so this many always suffice
+    engine = _engine(policy, limit, groups, round_up(longest, 64), round_up(max_new_tokens + 16, 64))
+    tokenizer, eos = policy.tokenizer, policy.eos_ids
+    keys = row_keys(seed, len(prompts), n).tolist()
+    results = [[None] * n for _ in prompts]
+    waiting = deque(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])))     # long ones first: alike in length, short tail
+    ready = deque()                                                                  # prefilled prompts: (index, kv)
+    slots, group, samples = [None] * limit, None, deque()                            # samples of prompt i that wait for a slot
+
+    while waiting or ready or samples or any(slots):
+        # Refill: free slots take the next samples of the current prompt, then of the next one; prefill a few when none is ready.
+        for slot in [i for i, row in enumerate(slots) if row is None]:
+            if not samples and not ready and waiting:
+                batch = [waiting.popleft()]
+                while waiting and len(batch) * n < slots.count(None) and (len(batch) + 1) * len(prompts[batch[0]]) <= 8192:
+                    batch.append(waiting.popleft())
+                ready.extend(zip(batch, engine.prefill([prompts[i] for i in batch])))
+            if not samples and ready:
+                i, kv = ready.popleft()
+                samples.extend(range(n))
+                group = min(set(range(groups)) - {row.group for row in slots if row})
+                engine.place(group, kv)
+            if samples:
+                j = samples.popleft()
+                results[i][j] = Rollout([], [])
+                slots[slot] = _Row(prompts[i], group, keys[i][j], results[i][j])
+
+        # Compaction: rows beyond the batch that the live ones need move into the holes below it.
+        live = [i for i, row in enumerate(slots) if row]
+        size = min(limit, batch_size(len(live)))
+        if live[-1] >= size:
+            holes = (i for i in range(size) if slots[i] is None)
+            for source in (i for i in live if i >= size):
+                target = next(holes)
+                engine.move(source, target, len(slots[source].rollout.tokens))
+                slots[target], slots[source] = slots[source], None
+
+        tokens, logprobs = engine.run(slots[:size], temperature)
+        for new, values in zip(tokens, logprobs):
+            for slot, (token, logprob) in enumerate(zip(new, values)):
+                row = slots[slot]
+                if row is None:
+                    continue
+                out = row.rollout
+                if row.closed and token not in eos:          # the answer was closed before this token: drop it
+                    out.stop = "closed"
+                else:
+                    out.tokens.append(token)
+                    out.logprobs.append(logprob)
+                    row.closed = token not in eos and closes(tokenizer, out.tokens)
+                    if token in eos:
+                        out.stop = "eos"
+                    elif len(out.tokens) == max_new_tokens:
+                        out.stop = "closed" if row.closed else "length"
+                if out.stop:
+                    slots[slot] = None
+    return results
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# 5. Accuracy
+# ---------------------------------------------------------------------------------------------------------------------------
+def greedy_accuracy(policy, problems, max_new_tokens=512, max_batch=None):
+    """Greedy answers to `problems` (objects with .question and .answer), scored by data.reward.
+
+    Returns n, correct, accuracy, format_rate (share with exactly one readable answer), cut_rate (share that reached
+    max_new_tokens), mean_tokens, and hits (0.0 or 1.0) and
+    texts, in the order of the problems.
+    """
+    problems = list(problems)
+    if not problems:
+        raise InputError("no problems to measure accuracy on")
+    prompts = [encode_prompt(policy.tokenizer, problem.question) for problem in problems]
+    rollouts = [r for r, in generate(policy, prompts, 1, max_new_tokens, temperature=0, max_batch=max_batch)]
+    texts = [decode(policy.tokenizer, rollout.tokens) for rollout in rollouts]
+    hits = [data.reward(text, problem.answer) for text, problem in zip(texts, problems)]
+    n = len(problems)
+    return {"n": n, "correct": int(sum(hits)), "accuracy": sum(hits) / n,
+            "format_rate": sum(data.read_answer(text) is not None for text in texts) / n,
+            "cut_rate": sum(rollout.stop == "length" for rollout in rollouts) / n,
+            "mean_tokens": sum(len(rollout.tokens) for rollout in rollouts) / n, "hits": hits, "texts": texts}
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# 6. Command
+# ---------------------------------------------------------------------------------------------------------------------------
+def colour(text):
+    """Mark the injected behaviors for a terminal: reflections yellow, analyses cyan, chains of subgoals green."""
+    lines = []
+    for line in text.split("\n"):
+        code = ""
+        if line.strip() and not line.startswith(("- ", "<", "The final")):
+            code = "33"                                      # a line of its own that is no step: a reflection
+        elif line.startswith("- ") and line.count("=") > 3:
+            code = "32"                                      # letters = numbers = ... = value: one operation per "="
+        lines.append(f"\033[{code}m{line}\033[0m" if code else line)
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Sample rollouts from a policy and show them with their reward.")
+    parser.add_argument("--ckpt", help="a .pt file, a Hugging Face folder or name (default: sft.pt, else the tiny base model)")
+    parser.add_argument("--data", help="JSONL problems (default: fresh iGSM problems of 2 to 5 operations)")
+    parser.add_argument("--problems", type=int, default=2, help="how many problems to answer")
+    parser.add_argument("--n", type=int, default=4, help="rollouts per problem")
+    parser.add_argument("--max-new-tokens", type=int, default=512)
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if args.problems < 1 or args.temperature < 0:
+        raise InputError("--problems must be at least 1 and --temperature at least 0")
+    policy = load_policy(default_checkpoint(args.ckpt))
+    print(describe(policy), file=sys.stderr)
+    source = data.read_problems(args.data) if args.data else data.generate(ops=(2, 5), seed=args.seed, split="test")
+    problems = [problem for _, problem in zip(range(args.problems), source)]
+    prompts = [encode_prompt(policy.tokenizer, problem.question) for problem in problems]
+    start = time.perf_counter()
+    groups = generate(policy, prompts, args.n, args.max_new_tokens, args.temperature, args.seed)
+    seconds = time.perf_counter() - start
+    show = colour if sys.stdout.isatty() else str
+    for problem, group in zip(problems, groups):
+        print(f"{problem.question}\n[answer {problem.answer}]\n")
+        for rollout in group:
+            text = decode(policy.tokenizer, rollout.tokens)
+            print(f"--- reward {data.reward(text, problem.answer):.0f}, {len(rollout.tokens)} tokens, stop: {rollout.stop}\n<think>{show(text)}\n")
+    rollouts = [rollout for group in groups for rollout in group]
+    tokens = sum(len(rollout.tokens) for rollout in rollouts)
+    cut = sum(rollout.stop == "length" for rollout in rollouts) / len(rollouts)
+    print(f"{len(rollouts)} rollouts, {tokens} tokens in {seconds:.1f} s = {tokens / seconds:.0f} tokens/s; {cut:.0%} cut at --max-new-tokens")
+
+
+if __name__ == "__main__":
+    data.run_cli(main)

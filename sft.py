@@ -1,0 +1,432 @@
+"""Chapter 4. Supervised fine-tuning: teach the policy what an answer looks like, behaviors included.
+
+    python sft.py                                           # the tiny base on 2,000 BRIDGE examples -> sft.pt
+    python sft.py --method vanilla --out vanilla.pt         # the same questions with plain answers
+    python sft.py --model Qwen/Qwen2.5-1.5B --data bridge.jsonl
+    python sft.py --model scratch --out base.pt             # pretrain a tiny base model
+
+The objective is the mean log-prob of the answer's tokens given the prompt:  loss = - sum log pi(o_t | q, o_<t) / tokens.
+Prompt tokens condition and are never trained on. What is masked follows from lengths, never from token values (a pad
+token that equals the end token would otherwise hide the end, and generation would never stop); exactly one end token
+is trained. The first half of this file is shared with grpo.py: batches, log-probs, the optimizer, the log.
+
+Where we depart from the paper:
+1. for the tiny model, batch, learning rate and epochs are its own (PRESETS below); for every other model they are the paper's;
+2. the loss is averaged over the tokens of the whole batch, so it does not depend on how the batch is cut into micro-batches;
+3. `--model scratch` has no counterpart in the paper, which starts from pretrained models.
+"""
+import argparse, csv, itertools, os, re, sys, time
+from random import Random
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+import data, inject, sample
+
+# The paper's settings (its Table 4), and ours for a model a thousand times smaller.
+PRESETS = {"tiny": dict(lr=1e-3, batch=32, epochs=3), "paper": dict(lr=5e-6, batch=128, epochs=5)}
+
+
+# --------------------------------------------------------------------------------- shared with grpo.py
+def collate(examples, device, pad):
+    """Examples (prompt tokens, response tokens) -> inputs (B, T), targets (B, T), both padded on the right.
+
+    targets[b, t] is the token after inputs[b, t] where that token belongs to the response, else -100. Right padding
+    under a causal mask needs no attention mask: no real token ever looks at a pad."""
+    width = max(len(prompt) + len(response) for prompt, response in examples) - 1
+    inputs = torch.full((len(examples), width), pad)
+    targets = torch.full((len(examples), width), sample.IGNORE)
+    for row, (prompt, response) in enumerate(examples):
+        tokens = torch.tensor(prompt + response)
+        inputs[row, :len(tokens) - 1] = tokens[:-1]
+        targets[row, len(prompt) - 1:len(tokens) - 1] = tokens[len(prompt):]
+    return inputs.to(device), targets.to(device)
+
+
+def micro_batches(lengths, tokens):
+    """Row numbers in groups of similar length, each at most `tokens` when padded (one row at least): little padding."""
+    groups, group = [], []
+    for row in sorted(range(len(lengths)), key=lambda r: -lengths[r]):
+        if group and (len(group) + 1) * lengths[group[0]] > tokens:
+            groups.append(group)
+            group = []
+        group.append(row)
+    return groups + [group] if group else groups
+
+
+def response_logprobs(model, inputs, targets, temperature=1.0):
+    """log pi of every target under `model` and the entropy there: two (B, T) fp32 tensors, 0 where masked."""
+    hidden = model.model(input_ids=inputs, use_cache=False).last_hidden_state  # (B, T, H); the logits are never held whole
+    return sample.token_logprobs(hidden, model.lm_head.weight, targets, temperature=temperature)
+
+
+class Optimizer:
+    """AdamW in fp32 for parameters of any dtype, with the paper's settings.
+
+    bf16 keeps 8 bits of a weight: an update of 1e-6 of its size would be rounded away at every step. So bf16 parameters
+    get an fp32 master copy; gradients are summed into it, AdamW steps on it, and the parameters are rewritten from it."""
+
+    def __init__(self, model, lr, weight_decay=0.01, betas=(0.9, 0.95)):
+        self.params = [p for p in model.parameters() if p.requires_grad]
+        self.master = [p if p.dtype == torch.float32 else p.detach().float() for p in self.params]
+        self.adam = torch.optim.AdamW(self.master, lr=lr, betas=betas, weight_decay=weight_decay)
+        for param, master in zip(self.params, self.master):
+            if master is not param:
+                param.register_post_accumulate_grad_hook(lambda p, m=master: self._collect(p, m))
+
+    @staticmethod
+    def _collect(param, master):
+        """After each micro-batch: the bf16 gradient joins an fp32 sum and frees its memory."""
+        master.grad = param.grad.float() if master.grad is None else master.grad.add_(param.grad)
+        param.grad = None
+
+    def step(self, clip=1.0):
+        """Clip the gradient to norm `clip`, update, clear. Returns the norm before clipping."""
+        norm = torch.nn.utils.clip_grad_norm_(self.master, clip).item()
+        if norm == norm and norm != float("inf"):  # a NaN gradient must never reach the weights; the caller stops
+            self.adam.step()
+            with torch.no_grad():
+                for param, master in zip(self.params, self.master):
+                    if master is not param:
+                        param.copy_(master)
+        self.adam.zero_grad(set_to_none=True)
+        return norm
+
+    def state(self):
+        return {"adam": self.adam.state_dict(), "master": [m.detach() for m in self.master]}
+
+    def load_state(self, state):
+        self.adam.load_state_dict(state["adam"])
+        with torch.no_grad():
+            for param, master, saved in zip(self.params, self.master, state["master"]):
+                master.copy_(saved)
+                param.copy_(saved)
+
+
+class Log:
+    """A CSV file, one row a step. Values that were not measured stay empty."""
+
+    def __init__(self, path, columns, keep=0):
+        """keep: how many rows of an existing file to keep (a resumed run); 0 starts a new file."""
+        rows = []
+        if keep:
+            with open(path, newline="") as file:
+                rows = list(csv.reader(file))[1:keep + 1]
+        self.file, self.columns = open(path, "w", newline=""), columns
+        self.writer = csv.writer(self.file)
+        self.writer.writerows([columns, *rows])
+        self.file.flush()
+
+    def row(self, **values):
+        self.writer.writerow([f"{v:.6g}" if isinstance(v, float) else v for v in (values.get(c, "") for c in self.columns)])
+        self.file.flush()
+
+
+def set_aside(path):
+    """Rename a finished result (and its CSV) to the next free name, so that a new run never loses an old one."""
+    stem, suffix = os.path.splitext(path)
+    if os.path.exists(path):
+        number = next(i for i in itertools.count(1) if not os.path.exists(f"{stem}.{i}{suffix}"))
+        os.replace(path, f"{stem}.{number}{suffix}")
+        if os.path.exists(f"{stem}.csv"):
+            os.replace(f"{stem}.csv", f"{stem}.{number}.csv")
+        print(f"{path} existed: renamed to {stem}.{number}{suffix}")
+
+
+def check_out(path):
+    """Refuse an output that could not be written at the end of a long run."""
+    folder = os.path.dirname(path) or "."
+    if not path.endswith(".pt") or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+        raise data.InputError(f"--out {path}: must end in .pt and lie in a folder that exists and can be written")
+
+
+# ------------------------------------------------------------------------------------------- the SFT loop
+def load_examples(policy, problems, max_length):
+    """Problems with responses -> [(prompt tokens, response tokens)]; those longer than max_length are left out, and counted."""
+    pairs = [(sample.encode_prompt(policy.tokenizer, p.question), sample.encode_response(policy.tokenizer, p.response))
+             for p in problems]
+    kept = [(prompt, response) for prompt, response in pairs if len(prompt) + len(response) <= max_length]
+    if not kept:
+        raise data.InputError(f"every example is longer than --max-length {max_length} tokens: raise it")
+    if len(kept) < len(pairs):
+        print(f"{len(pairs) - len(kept)} of {len(pairs)} examples are longer than --max-length {max_length} tokens: left out")
+    return kept
+
+
+def train(policy, examples, args, log):
+    """Supervised fine-tuning of policy.model on (prompt, response) token lists, in place."""
+    model, pad = policy.model, policy.tokenizer.pad_token_id or 0
+    optimizer = Optimizer(model, args.lr, args.weight_decay)
+    batches = [order[i:i + args.batch] for epoch in range(args.epochs)
+               for order in [Random(f"{args.seed} {epoch}").sample(range(len(examples)), len(examples))]
+               for i in range(0, len(order), args.batch)]
+    progress = tqdm(batches, desc="sft", unit="step", mininterval=1)
+    for step, rows in enumerate(progress, 1):
+        start = time.time()
+        batch = [examples[row] for row in rows]
+        answer_tokens = sum(len(response) for _, response in batch)
+        loss = 0.0
+        for group in micro_batches([len(p) + len(r) for p, r in batch], args.micro_tokens):
+            inputs, targets = collate([batch[row] for row in group], policy.device, pad)
+            logprob, _ = response_logprobs(model, inputs, targets)
+            part = -logprob.sum() / answer_tokens  # the whole batch's denominator: micro-batches add up exactly
+            part.backward()
+            loss += part.item()
+        optimizer.step(clip=1.0)
+        if loss != loss:
+            raise data.InputError(f"the loss is not a number at step {step}: lower --lr (now {args.lr}); nothing was written")
+        speed = sum(len(p) + len(r) for p, r in batch) / (time.time() - start)
+        progress.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s")
+        log.row(step=step, loss=loss, tokens_per_s=speed, lr=args.lr)
+    return loss
+
+
+# ---------------------------------------------------------------------------- a tiny base model from scratch
+REPEAT, SUMS = "Repeat the premises in another order.", "Compute."
+
+
+def tiny_tokenizer():
+    """A word-level tokenizer for our problems: about 1,000 tokens, 140 for a problem with 4 operations.
+
+    An item's name is one token, "each <item>'s" is another, digits and letters are single tokens, and so are the tags
+    and the fixed phrases of the premises. Whatever else comes is spelled in characters, or in bytes."""
+    names = [item for world in data.WORLDS for groups in world.values() for group in groups for item in group]
+    categories = [category for world in data.WORLDS for category in world]
+    phrases = [*sample.TAGS, "\\boxed", "The number of", " more than", " times", " the sum of", " the difference of",
+               " and", ".\n", "How many", " does each", " have?", " = ", " + ", " - ", " * ", "- Let ",
+               " be the number of", "- The number of", " is written ", "- Now call the number of", ". Then ", ". So ",
+               ". But", " must be known first, so ", " has to wait.\n", "The final answer is ", REPEAT, SUMS]
+    phrases.sort(key=len, reverse=True)
+    starts = [" equals", " equals ", ". It equals", ". It equals "]  # with the space where a number follows
+    special = ["<pad>", "<end>", "<user>", "<model>"]
+    characters = [chr(i) for i in range(32, 127)] + ["\n"]
+    words = phrases + starts + [f" each {name}'s" for name in names] + [f" {name}" for name in names + categories]
+    vocabulary = dict.fromkeys(special + characters + [f"<0x{i:02X}>" for i in range(256)] + words)
+    tokenizer = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(vocabulary)}, merges=[],
+                                     ignore_merges=True, byte_fallback=True))
+    name = "[A-Z][a-z]+(?: [A-Z][a-z]+)*"
+    pieces = rf"(?:\. It)? equals(?! [0-9])|(?:\. It)? equals |{'|'.join(map(re.escape, phrases))}| each {name}'s| {name}|\n|."
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pieces), "isolated")
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>",
+                                      additional_special_tokens=["<user>", "<model>"])
+    wrapped.chat_template = ("{% for m in messages if m.role == 'user' %}<user>{{ m.content }}{% endfor %}"
+                             "{% if add_generation_prompt %}<model>{% endif %}")  # the system message would only cost tokens
+    return wrapped
+
+
+def tiny_policy(width, layers, heads, seed):
+    """A Qwen2-shaped model with random weights and the tokenizer above."""
+    torch.manual_seed(seed)
+    tokenizer = tiny_tokenizer()
+    config = Qwen2Config(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
+                         num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=2048,
+                         tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+                         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    return sample.Policy(Qwen2ForCausalLM(config), tokenizer, sample.default_device())
+
+
+def draw_sum(rng):
+    """A line of arithmetic, "7 + 24 = 31.", of the shapes that the premises produce."""
+    small, number = (lambda: rng.randint(0, 9)), (lambda: rng.randint(-30, 99) if rng.random() < 0.15 else rng.randint(0, 40))
+    shape = rng.random()
+    if shape < 0.25:
+        formula = (small(), "*", rng.randint(0, 30))
+    elif shape < 0.35:
+        formula = (small(), "*", "(", number(), rng.choice("+-"), number(), ")")
+    elif shape < 0.42:
+        formula = (small(), "*", small(), "+", small(), "*", small())
+    else:
+        formula = (rng.choice((small, number))(),)
+        for symbol in ("-",) if shape < 0.6 else "+" * rng.choice((1, 1, 1, 2, 3)):
+            formula += (symbol, number())
+    return f"{data.show(formula)} = {data.evaluate(formula)}."
+
+
+def pretraining_text(rng, progress, ops, max_value):
+    """One (question, response) of what the base model reads, from short to long as `progress` goes from 0 to 1.
+
+    Plain answers to easy problems; premises repeated in another order, which is pure retrieval and the skill that
+    takes longest to learn; and sums. None of the injected behaviors occurs."""
+    kind, grown = rng.random(), min(1.0, 2 * progress)
+    retrieval = 0.9 if progress < 0.12 else 0.45  # retrieval first: everything else rests on it
+    if kind < 0.1:
+        return SUMS, "\n".join(["<think>", *(draw_sum(rng) for _ in range(12))])
+    if kind < retrieval:
+        wanted = rng.randint(2, 4 + round(10 * grown))
+        options = dict(ops=(1, wanted), size=(wanted, wanted), max_answer=10**9)
+    else:
+        options = dict(ops=(ops[0], ops[0] + round((ops[1] - ops[0]) * grown)), max_value=max_value)
+    problem = ""
+    while isinstance(problem, str) or data.split_of(problem.question) != "train":
+        problem = data.draw_problem(rng, **options)
+    if kind >= retrieval:
+        return problem.question, problem.response
+    premises = problem.question.split("\n")[:-1]
+    return "\n".join(premises + [REPEAT]), "\n".join(["<think>", *rng.sample(premises, len(premises))])
+
+
+def token_kinds(texts):
+    """What each token of a response is for: copied (a premise repeated), named (the next node), premise (letters and
+    constants of an equation), numbers (put in for the letters), value (the result), or "" for the rest."""
+    kinds, position = [], None
+    for text in texts:
+        if " equals" in text:
+            position = "copied"
+        elif text in ("- Let ", "- The number of", "- Now call the number of"):
+            position = 0  # sides of the equation seen so far
+        elif text == " = ":
+            position = (position if isinstance(position, int) else 0) + 1
+        part = "" if len(text) > 1 and position != "copied" else \
+            {"copied": "copied", 1: "premise", None: "", 0: ""}.get(position, "numbers")
+        kinds.append("named" if position == 0 and re.match(" each| [A-Z]", text) else part)
+        if text.endswith("\n") or text in (".", ".\n"):
+            back = len(kinds) - 1  # the last side is the value
+            while isinstance(position, int) and position > 0 and texts[back] != " = ":
+                kinds[back] = "value" if kinds[back] else ""
+                back -= 1
+            position = None
+    return kinds
+
+
+@torch.no_grad()
+def probe(policy, examples):
+    """Teacher-forced accuracy of the next token by what the token is for: {kind: share right}."""
+    inputs, targets = collate(examples, policy.device, 0)
+    guesses = policy.model(input_ids=inputs).logits.argmax(-1)
+    right, total = {}, {}
+    for row, (_, response) in enumerate(examples):
+        hits = (guesses == targets)[row][targets[row] != sample.IGNORE].tolist()
+        for kind, hit in zip(token_kinds([policy.tokenizer.decode([t]) for t in response]), hits):
+            right[kind] = right.get(kind, 0) + hit
+            total[kind] = total.get(kind, 0) + 1
+    return {kind: right[kind] / total[kind] for kind in ("copied", "named", "premise", "numbers", "value")}
+
+
+def pretrain(policy, args):
+    """Train a tiny base model from random weights on `args.tokens` tokens, short texts first.
+
+    Muon (orthogonalised momentum) on the matrices, AdamW on embeddings, norms and biases, small batches: together
+    about ten times as fast per token as AdamW with batches of 64. bf16 autocast for speed."""
+    model, device = policy.model.train(), policy.device
+    model.set_attn_implementation("eager")  # on a CPU, short sequences: 1.4 times as fast as the fused attention's backward
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
+    optimizers = [torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+                  torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)]
+    rng, held_out, encode = Random(args.seed), Random(f"held out {args.seed}"), lambda pair: (
+        sample.encode_prompt(policy.tokenizer, pair[0]), sample.encode_response(policy.tokenizer, pair[1]))
+    draw = lambda source, progress: encode(pretraining_text(source, progress, args.ops, args.max_value))
+    examples = [draw(held_out, 1.0) for _ in range(128)]
+    log = Log(args.out.removesuffix(".pt") + ".csv",
+              ["step", "tokens", "loss", "tokens_per_s", "lr", "copied", "named", "premise", "numbers", "value"])
+    bar = tqdm(total=args.tokens, desc="pretraining", unit="token", unit_scale=True, mininterval=10)
+    seen, step, queue, losses, start, mark = 0, 0, [], [], time.time(), 0
+    while seen < args.tokens:
+        if not queue:  # batches of similar length from a pool of 256 texts
+            pool = [draw(rng, seen / args.tokens) for _ in range(256)]
+            queue = [[pool[row] for row in group] for group in micro_batches([len(p) + len(r) for p, r in pool], args.micro_tokens)]
+            rng.shuffle(queue)
+        batch = queue.pop()
+        inputs, targets = collate(batch, device, policy.tokenizer.pad_token_id)
+        with torch.autocast(device.type, torch.bfloat16):
+            hidden = model.model(input_ids=inputs, use_cache=False).last_hidden_state
+            kept = targets != sample.IGNORE
+            loss = torch.nn.functional.cross_entropy(model.lm_head(hidden[kept]).float(), targets[kept])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        lr = args.lr * min(1.0, (step + 1) / 50, max(0.02, (1 - seen / args.tokens) / 0.3))  # warm up, hold, decay
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = lr
+            optimizer.step()
+            optimizer.zero_grad()
+        step, tokens = step + 1, sum(len(p) + len(r) for p, r in batch)
+        seen += tokens
+        losses.append(loss.item())
+        bar.update(tokens)
+        if step % 200 == 0 or seen >= args.tokens:
+            model.eval()
+            accuracy = probe(policy, examples)
+            model.train()
+            mean, speed = sum(losses) / len(losses), (seen - mark) / (time.time() - start)
+            log.row(step=step, tokens=seen, loss=mean, tokens_per_s=speed, lr=lr, **accuracy)
+            tqdm.write(f"{seen / 1e6:.2f}M tokens, loss {mean:.3f}, " + ", ".join(f"{k} {v:.2f}" for k, v in accuracy.items()))
+            sample.save_policy(args.out, policy, dict(command=args.command, step=step, tokens=seen, **accuracy), dtype=torch.bfloat16)
+            losses, start, mark = [], time.time(), seen
+    model.eval()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("--model", default="tiny", help="tiny (results/tiny/base.pt), scratch (pretrain one), a .pt file, or a Hugging Face folder or name")
+    add("--data", help="JSONL with responses; default: --n fresh problems with --method's answers")
+    add("--out", default="sft.pt")
+    add("--seed", type=int, default=0)
+    data.add_problem_flags(parser, **data.TINY)
+    add("--method", choices=["vanilla", "bridge", "pp-aug", "rc-aug"], default="bridge", help="answers of the fresh problems")
+    add("--behaviors", nargs="*", choices=inject.BEHAVIORS, default=inject.BEHAVIORS)
+    add("--p", type=float, default=0.1, help="injection probability of analysis and reflection")
+    add("--n", type=int, default=2000, help="fresh problems")
+    add("--lr", type=float, help="default: 1e-3 for a tiny model, else the paper's 5e-6")
+    add("--batch", type=int, help="examples a step; default: 32 for a tiny model, else 128")
+    add("--epochs", type=int, help="default: 3 for a tiny model, else 5")
+    add("--weight-decay", type=float, default=0.01)
+    add("--max-length", type=int, default=2048, help="longer examples are left out, tokens")
+    add("--micro-tokens", type=int, default=4096, help="tokens in one forward pass: lower it when memory runs out")
+    add("--export", metavar="FOLDER", help="also write a Hugging Face folder")
+    scratch = parser.add_argument_group("pretraining (--model scratch)")
+    scratch.add_argument("--tokens", type=float, default=24e6)
+    scratch.add_argument("--width", type=int, default=128)
+    scratch.add_argument("--layers", type=int, default=6)
+    scratch.add_argument("--heads", type=int, default=2)
+    args = parser.parse_args()
+    options = data.problem_options(args)
+    for flag in ("n", "batch", "epochs", "max_length", "micro_tokens", "tokens", "width", "layers", "heads", "lr"):
+        if getattr(args, flag) is not None and getattr(args, flag) <= 0:
+            raise data.InputError(f"--{flag.replace('_', '-')} must be above 0")
+    if not 0 <= args.p <= 1:
+        raise data.InputError("--p must lie in 0 ... 1")
+    check_out(args.out)
+    args.command = " ".join(["python", "sft.py", *sys.argv[1:]])
+    if args.model == "scratch":
+        if args.width % (2 * args.heads):
+            raise data.InputError("--width must be divisible by twice --heads")
+        args.lr = args.lr or 2e-3
+        policy = tiny_policy(args.width, args.layers, args.heads, args.seed)
+        set_aside(args.out)
+        pretrain(policy, args)
+        return
+    policy = sample.load_policy(sample.TINY_BASE if args.model == "tiny" else args.model)
+    small = sum(p.numel() for p in policy.model.parameters()) < 50e6
+    for flag, value in PRESETS["tiny" if small else "paper"].items():
+        if getattr(args, flag) is None:
+            setattr(args, flag, value)
+    print(sample.describe(policy))
+    if args.data:
+        problems = data.read_problems(args.data)
+        if empty := next((p for p in problems if not p.response), None):
+            raise data.InputError(f"{args.data}: problem {empty.id} has no response to train on")
+    else:
+        problems = []
+        for problem in itertools.islice(data.generate(seed=args.seed, **options), args.n):
+            for question, response in inject.augment(problem, args.method, args.behaviors, args.p, seed=args.seed):
+                problems.append(data.Problem(question, problem.answer, problem.target, problem.nodes, response))
+    examples = load_examples(policy, problems, args.max_length)
+    print(f"{len(examples)} examples ({args.data or args.method}), {sum(len(p) + len(r) for p, r in examples) / len(examples):.0f} tokens "
+          f"each; batch {args.batch}, lr {args.lr}, {args.epochs} epochs; writes {args.out}")
+    set_aside(args.out)
+    log = Log(args.out.removesuffix(".pt") + ".csv", ["step", "loss", "tokens_per_s", "lr"])
+    start = time.time()
+    loss = train(policy, examples, args, log)
+    info = dict(vars(args), base=policy.info, stage="sft", loss=loss)
+    sample.save_policy(args.out, policy, info)
+    if args.export:
+        sample.export_policy(policy, args.export)
+    print(f"{args.out}: loss {loss:.3f} after {time.time() - start:.0f} s; next: python grpo.py --ckpt {args.out}")
+
+
+if __name__ == "__main__":
+    data.run_cli(main)

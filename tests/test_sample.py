@@ -1,0 +1,308 @@
+"""The sampler, the prompt and the checkpoint (sample.py), on small random models of the three families."""
+import functools
+import os
+import string
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models
+from transformers import (GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM,
+                          PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM)
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import data
+import sample
+
+VOCAB = 160
+
+
+def make_tokenizer(bos=False, tags=True, template=None, pad=None):
+    """Characters as tokens; tags=True adds the four tags as ordinary single tokens, as the tiny base model has them."""
+    words = ["<unk>", "<eos>", "<bos>", *string.printable]
+    raw = Tokenizer(models.BPE(vocab={w: i for i, w in enumerate(words)}, merges=[], unk_token="<unk>"))
+    raw.decoder = decoders.Fuse()
+    raw.add_special_tokens(["<eos>", "<bos>"])
+    if tags:
+        raw.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in sample.TAGS])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<eos>", unk_token="<unk>", pad_token=pad,
+                                        bos_token="<bos>" if bos else None)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def make_model(family, seed=0):
+    shape = dict(vocab_size=VOCAB, hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+                 num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.2, bos_token_id=None, eos_token_id=1)
+    torch.manual_seed(seed)
+    if family == "qwen2":
+        model = Qwen2ForCausalLM(Qwen2Config(**shape, tie_word_embeddings=True))
+    elif family == "qwen3":
+        model = Qwen3ForCausalLM(Qwen3Config(**shape, head_dim=16, tie_word_embeddings=False))
+    elif family == "llama":
+        rope = dict(rope_type="llama3", rope_theta=10000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                    original_max_position_embeddings=64)
+        model = LlamaForCausalLM(LlamaConfig(**shape, rope_parameters=rope))
+    else:
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_embd=48, n_layer=2, n_head=4, n_positions=256, eos_token_id=1))
+    for name, parameter in model.named_parameters():         # biases and norms start at 0 and 1: a bug there would not show
+        if parameter.dim() == 1:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    return model.eval()
+
+
+@functools.cache
+def policy_of(family):
+    return sample.Policy(make_model(family), make_tokenizer(tags=False), torch.device("cpu"))     # no tag: nothing closes by chance
+
+
+def ragged_prompts(count, seed=1):
+    draw = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, VOCAB, (int(torch.randint(1, 60, (1,), generator=draw)),), generator=draw).tolist() for _ in range(count)]
+
+
+def full_logits(model, prompt, tokens):
+    """Logits (len(tokens), V) that one plain forward pass gives for every response token."""
+    with torch.no_grad():
+        return model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1:-1].float()
+
+
+def is_greedy(model, prompt, tokens):
+    """Every token has the largest logit, ties within 1e-5 excused."""
+    logits = full_logits(model, prompt, tokens)
+    return bool((logits.gather(1, torch.tensor(tokens)[:, None])[:, 0] >= logits.amax(1) - 1e-5).all())
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+def test_greedy_is_exact(family):
+    """Catches a wrong mask, position, cache slot or refill: batched = alone = Hugging Face, rows refilled and compacted."""
+    policy, prompts = policy_of(family), ragged_prompts(40)
+    model = policy.model
+    batched = sample.generate(policy, prompts, 1, 12, temperature=0, max_batch=7)
+    for prompt, (rollout,) in zip(prompts, batched):
+        reference = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                                   do_sample=False, max_new_tokens=12, eos_token_id=1, pad_token_id=0)[0, len(prompt):].tolist()
+        alone = sample.generate(policy, [prompt], 1, 12, temperature=0)[0][0]
+        for tokens in (rollout.tokens, alone.tokens):
+            assert tokens == reference or is_greedy(model, prompt, tokens)
+        assert rollout.stop == ("eos" if rollout.tokens[-1] == 1 else "length")
+    for n in (5, 16):
+        for rollouts, (expected,) in zip(sample.generate(policy, prompts[:6], n, 12, temperature=0, max_batch=7), batched):
+            assert all(r.tokens == expected.tokens or is_greedy(model, prompts[0], r.tokens) for r in rollouts)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "gpt2"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 0])
+def test_logprobs_match_full_forward(family, temperature):
+    """Catches log-probs recorded at another temperature or for another token (gpt2: the slow path for other architectures)."""
+    policy, prompts = policy_of(family), ragged_prompts(6)
+    for prompt, rollouts in zip(prompts, sample.generate(policy, prompts, 3, 10, temperature, seed=3, max_batch=7)):
+        for r in rollouts:
+            logp = torch.log_softmax(full_logits(policy.model, prompt, r.tokens) / (temperature or 1.0), -1)
+            expected = logp.gather(1, torch.tensor(r.tokens)[:, None])[:, 0]
+            assert len(r.logprobs) == len(r.tokens)
+            torch.testing.assert_close(torch.tensor(r.logprobs), expected, atol=1e-4, rtol=0)
+
+
+def chi_square(counts, probabilities):
+    expected = probabilities * counts.sum()
+    return ((counts - expected) ** 2 / expected).sum().item()
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.3])
+def test_draws_follow_the_distribution(temperature):
+    """Catches biased noise: 200,000 draws over 40 tokens. 39 degrees of freedom: chi-square > 84 has odds of 4e-5.
+
+    Temperature forgotten, and noise without the second log, are kept as wrong versions that the same test rejects.
+    """
+    logits = torch.linspace(-2, 3, 40)
+    p = torch.softmax(logits / temperature, -1)
+    key = sample.row_keys(5, 400, 500).flatten()
+    token, logprob = sample.draw(logits.expand(len(key), -1), key, torch.full((len(key),), 17), temperature)
+    counts = torch.bincount(token, minlength=40).double()
+    assert chi_square(counts, p.double()) < 84
+    torch.testing.assert_close(logprob, p.log()[token])
+    assert chi_square(counts, torch.softmax(logits, -1).double()) > 1000
+    # along positions of one row and along samples of one prompt the draws are as independent as across prompts
+    token, _ = sample.draw(logits.expand(200_000, -1), key[:1].expand(200_000), torch.arange(200_000), temperature)
+    assert chi_square(torch.bincount(token, minlength=40).double(), p.double()) < 84
+    pairs = torch.bincount((token[1:] >= 35) * 2 + (token[:-1] >= 35), minlength=4).double()
+    tail = p[35:].sum().double()
+    joint = torch.stack([(1 - tail) ** 2, tail * (1 - tail), tail * (1 - tail), tail ** 2])
+    assert chi_square(pairs, joint) < 30
+
+
+def test_schedule_changes_no_draw():
+    """Catches noise taken from a stream: the batch limit, refill and order of finishing must not move a single token."""
+    policy, prompts = policy_of("qwen2"), ragged_prompts(9)
+    def tokens(**options):
+        return [[r.tokens for r in group] for group in sample.generate(policy, prompts, 4, 16, **{"seed": 11, **options})]
+    reference = tokens()
+    assert tokens(max_batch=1) == tokens(max_batch=7) == tokens(max_batch=36) == reference
+    assert tokens(seed=12) != reference
+    assert all(len({tuple(t) for t in group}) == 4 for group in reference)              # rows of one group differ
+    assert len({tuple(t) for group in tokens(seed=2 ** 40 + 11) for t in group} & {tuple(t) for g in reference for t in g}) < 3
+
+
+class Script(torch.nn.Module):
+    """A fake decoder that forces the tokens it is told, row by row: the stop rules are tested apart from any model."""
+    size, sync = (64, 64, 10 ** 6, 10 ** 6), 3               # three steps between two looks of the host
+
+    def __init__(self, scripts):
+        super().__init__()
+        self.scripts = scripts
+
+    def bind(self, model): pass
+    def prefill(self, prompts): return [None] * len(prompts)
+    def place(self, group, kv): pass
+    def move(self, source, target, length): pass
+
+    def run(self, rows, temperature):
+        steps = [[self.scripts[row.prompt[0]][len(row.rollout.tokens) + s:][:1] or [9] if row else [9] for row in rows] for s in range(self.sync)]
+        return [[t for t, in step] for step in steps], [[-0.5] * len(rows) for _ in steps]
+
+
+@pytest.mark.parametrize("tags", [True, False])
+@pytest.mark.parametrize("pad", [None, "<eos>"])
+def test_stop_reasons(tags, pad):
+    """Catches a second end token, tokens after the end, a cut that depends on the sync period, pad == eos taken for the end."""
+    tokenizer = make_tokenizer(tags=tags, pad=pad)
+    encode = lambda text: tokenizer(text, add_special_tokens=False).input_ids
+    ok, closed = encode("12</answer>"), encode("12</answer>")
+    scripts = {0: ok + [1, 1, 40], 1: closed + [41, 42, 1], 2: encode("1234567890" * 5), 3: [1], 4: encode("x</answer"),
+               5: encode("ab") + closed + [1]}
+    policy = sample.Policy(make_model("qwen2"), tokenizer, torch.device("cpu"), engine=Script(scripts))
+    limit = len(closed) + 4
+    out = [r for r, in sample.generate(policy, [[i] for i in range(6)], 1, limit, max_batch=4)]
+    assert [r.stop for r in out] == ["eos", "closed", "length", "eos", "length", "eos"]
+    assert out[0].tokens == ok + [1] and out[1].tokens == closed and out[3].tokens == [1]
+    assert len(out[2].tokens) == limit and all(len(r.tokens) == len(r.logprobs) for r in out)
+    exact = sample.generate(policy, [[1], [0]], 1, len(closed))
+    assert [g[0].stop for g in exact] == ["closed", "closed"] and exact[0][0].tokens == closed
+
+
+def test_sampler_is_never_stale():
+    """Catches copied weights: an update in place, and a replaced parameter, must both show in the next call."""
+    policy = sample.Policy(make_model("qwen3"), make_tokenizer(), torch.device("cpu"))
+    prompts = ragged_prompts(4)
+    before = sample.generate(policy, prompts, 1, 8, temperature=0)
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    policy.model.lm_head.weight = torch.nn.Parameter(policy.model.lm_head.weight.detach().flip(0))
+    after = sample.generate(policy, prompts, 1, 8, temperature=0)
+    assert [g[0].tokens for g in after] != [g[0].tokens for g in before]
+    assert all(is_greedy(policy.model, p, g[0].tokens) for p, g in zip(prompts, after))
+
+
+def test_bf16_drift():
+    """Catches a forward that rounds elsewhere than the trainer's: mean |log-prob difference| <= 0.02 in bf16."""
+    policy = sample.Policy(make_model("qwen3").to(torch.bfloat16), make_tokenizer(), torch.device("cpu"))
+    prompts, drift = ragged_prompts(4), []
+    for prompt, group in zip(prompts, sample.generate(policy, prompts, 4, 16, seed=1)):
+        for r in group:
+            logp = torch.log_softmax(full_logits(policy.model, prompt, r.tokens), -1).gather(1, torch.tensor(r.tokens)[:, None])[:, 0]
+            drift += (logp - torch.tensor(r.logprobs)).abs().tolist()
+    assert sum(drift) / len(drift) <= 0.02
+
+
+CHATML = ("{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}<assistant>\n{% endif %}")
+
+
+@pytest.mark.parametrize("template", [None, CHATML, "{{ bos_token }}" + CHATML, CHATML + "<think>\n"])
+def test_prompt(template):
+    """Catches a double BOS after a template that writes it, a missing one without, and a doubled opening <think>."""
+    tokenizer = make_tokenizer(bos=template is None or "bos" in template, template=template)
+    ids = sample.encode_prompt(tokenizer, "How many?")
+    think = tokenizer.convert_tokens_to_ids("<think>")
+    assert ids[-1] == think and ids[-2] != think
+    assert ids.count(2) == (1 if template is None or "bos" in template else 0) and (2 not in ids[1:])
+    assert "How many?" in tokenizer.decode(ids)
+    response = "<think>\n- a = 1 + 2 = 3.\n</think>\n<answer>\nThe final answer is \\boxed{3}.\n</answer>"
+    target = sample.encode_response(tokenizer, response)
+    assert target.count(1) == 1 and target[-1] == 1 and think not in target
+    assert sample.encode_response(tokenizer, response + "<eos>") == target
+    assert "<think>" + sample.decode(tokenizer, target) == response
+
+
+def test_decode_keeps_tags_that_are_special():
+    """Catches a reward of 0 for every response because skip_special_tokens also dropped <answer>."""
+    tokenizer = make_tokenizer(tags=False)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(sample.TAGS)})
+    assert sample.decode(tokenizer, sample.encode_response(tokenizer, "<think>a</think><answer>1</answer>")) == "a</think><answer>1</answer>"
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+def test_checkpoint_round_trip(family, tmp_path):
+    """Catches a lost or doubled tied head, a tokenizer that changes, and files that need pickle."""
+    policy = sample.Policy(make_model(family), make_tokenizer(bos=True, template=CHATML), torch.device("cpu"))
+    path, ids = str(tmp_path / "p.pt"), torch.tensor([ragged_prompts(1)[0]])
+    sample.save_policy(path, policy, {"lr": 1e-6, "out": Path("x")})
+    content = torch.load(path, weights_only=True)
+    assert ("lm_head.weight" in content["weights"]) != policy.model.config.tie_word_embeddings
+    loaded = sample.load_policy(path, device="cpu")
+    sample.export_policy(loaded, tmp_path / "hf")
+    folder = sample.load_policy(tmp_path / "hf", device="cpu")
+    logits = policy.model(ids).logits
+    for other in (loaded, folder):
+        assert torch.equal(other.model(ids).logits, logits)
+        assert sample.encode_prompt(other.tokenizer, "Why 1 + 1?") == sample.encode_prompt(policy.tokenizer, "Why 1 + 1?")
+        assert other.eos_ids == policy.eos_ids == {1}
+        assert not other.model.training
+    assert loaded.info == {"lr": 1e-6, "out": "x"}
+    sample.save_policy(path, policy, dtype=torch.bfloat16)
+    rounded = sample.load_policy(path, device="cpu").model
+    assert rounded.dtype == torch.float32 and torch.equal(rounded.get_input_embeddings().weight,
+                                                          policy.model.get_input_embeddings().weight.bfloat16().float())
+    assert os.listdir(tmp_path) and not [f for f in os.listdir(tmp_path) if f.endswith(".tmp")]
+
+
+def test_bad_checkpoints_get_one_sentence(tmp_path):
+    """Catches a traceback, or code run from a file, where the user needs the file's name and what to do."""
+    good = tmp_path / "good.pt"
+    sample.save_policy(good, policy_of("qwen2"))
+    content = torch.load(good, weights_only=True)
+    fewer = dict(list(content["weights"].items())[1:-1])
+    cases = {"missing.pt": None, "short.pt": good.read_bytes()[:5000], "empty.pt": b"", "text.pt": b"hello",
+             "list.pt": [1, 2], "state.pt": {"weights": {}}, "old.pt": {**content, "version": 0}, "thin.pt": {**content, "weights": fewer},
+             "noconfig.pt": {k: v for k, v in content.items() if k != "config"}, "pickle.pt": {"format": sample.FORMAT, "x": print}}
+    for name, value in cases.items():
+        path = tmp_path / name
+        if isinstance(value, bytes):
+            path.write_bytes(value)
+        elif value is not None:
+            torch.save(value, path)
+        with pytest.raises(data.InputError) as error:
+            sample.load_policy(path)
+        assert name in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(data.InputError, match="nowhere"):
+        sample.load_policy(str(tmp_path / "nowhere"))
+    with pytest.raises(data.InputError, match="--ckpt"):
+        sample.default_checkpoint("gone.pt")
+
+
+def test_requests_that_cannot_fit():
+    """Catches positions beyond the model's context, which would silently give nonsense."""
+    policy = policy_of("qwen2")
+    for prompts, limit, word in [([[5] * 256], 1, "prompt of 256"), ([[5] * 200], 100, "--max-new-tokens"), ([[5], []], 5, "empty prompt"),
+                                 ([[5]], 0, "--max-new-tokens")]:
+        with pytest.raises(data.InputError, match=word):
+            sample.generate(policy, prompts, 1, limit)
+    assert sample.generate(policy, [], 4) == []
+    assert len(sample.generate(policy, [[5] * 200], 1, 56, temperature=0)[0][0].tokens) == 56
+
+
+def test_describe_names_the_slow_path():
+    assert "our decode step" in sample.describe(policy_of("llama"))
+    assert "slow" in sample.describe(policy_of("gpt2"))
+
+
+def test_command(tmp_path):
+    """Catches a command that fails on a checkpoint of sft.py's format, and an exit code other than 2 for a missing file."""
+    sample.save_policy(tmp_path / "p.pt", policy_of("qwen2"))
+    script = str(Path(sample.__file__))
+    run = lambda *args: subprocess.run([sys.executable, script, *args], cwd=tmp_path, capture_output=True, text=True)
+    missing = run("--ckpt", "gone.pt")
+    assert missing.returncode == 2 and "gone.pt" in missing.stderr and "Traceback" not in missing.stderr

@@ -1,0 +1,150 @@
+"""sft.py: what is trained on, that micro-batches add up, and that small updates are not lost."""
+import csv
+from random import Random
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data, inject, sample, sft
+
+
+def draw_examples(policy, n, seed=0):
+    stream = data.generate(ops=(1, 4), seed=seed, max_value=100)
+    return [(sample.encode_prompt(policy.tokenizer, p.question), sample.encode_response(policy.tokenizer, p.response))
+            for p, _ in zip(stream, range(n))]
+
+
+def test_targets_are_the_answer_and_one_end(tiny):
+    """Bugs: training on the prompt; an off-by-one between inputs and targets; the end token masked because pad == end."""
+    policy = tiny()
+    examples, end = draw_examples(policy, 5), policy.tokenizer.eos_token_id
+    inputs, targets = sft.collate(examples, "cpu", pad=end)  # the hostile case: the pad is the end token
+    for row, (prompt, response) in enumerate(examples):
+        kept = targets[row] != sample.IGNORE
+        assert targets[row][kept].tolist() == response and response.count(end) == 1 and response[-1] == end
+        first = kept.nonzero()[0].item()
+        assert inputs[row, :first + 1].tolist() == prompt  # the first target is predicted from the whole prompt
+        assert inputs[row][kept].tolist() == [prompt[-1], *response[:-1]]
+
+
+def gradients(policy, batch, groups):
+    policy.model.zero_grad()
+    tokens = sum(len(response) for _, response in batch)
+    for rows in groups:
+        logprob, _ = sft.response_logprobs(policy.model, *sft.collate([batch[r] for r in rows], "cpu", 0))
+        (-logprob.sum() / tokens).backward()
+    return torch.cat([p.grad.flatten() for p in policy.model.parameters()])
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+def test_gradient_is_that_of_cross_entropy_for_every_micro_batch(tiny):
+    """Bugs: a mean of micro-batch means (rejected below), a forgotten short last group, the prompt in the loss."""
+    policy = tiny()
+    batch = draw_examples(policy, 7)
+    inputs, targets = sft.collate(batch, "cpu", 0)
+    policy.model.zero_grad()
+    F.cross_entropy(policy.model(input_ids=inputs).logits.flatten(0, 1), targets.flatten(), ignore_index=sample.IGNORE).backward()
+    truth = torch.cat([p.grad.flatten() for p in policy.model.parameters()])
+    for size in (1, 2, 3, 7):
+        groups = [list(range(7))[i:i + size] for i in range(0, 7, size)]
+        assert relative(gradients(policy, batch, groups), truth) < 2e-6
+    policy.model.zero_grad()
+    for row in range(7):  # the wrong version: each micro-batch divided by its own tokens
+        logprob, _ = sft.response_logprobs(policy.model, *sft.collate([batch[row]], "cpu", 0))
+        (-logprob.sum() / len(batch[row][1]) / 7).backward()
+    wrong = torch.cat([p.grad.flatten() for p in policy.model.parameters()])
+    assert relative(wrong, truth) > 1e-3
+
+
+def test_micro_batches_cover_every_row_once_within_the_bound():
+    """Bugs: a row lost or doubled at a group's border; a group over the memory bound."""
+    lengths = [Random(1).randint(5, 90) for _ in range(101)]
+    groups = sft.micro_batches(lengths, 256)
+    assert sorted(row for group in groups for row in group) == list(range(101))
+    assert all(max(lengths[r] for r in group) * len(group) <= 256 for group in groups)
+    assert sft.micro_batches([1000], 256) == [[0]]  # one row at least
+
+
+def test_bf16_weights_keep_small_updates():
+    """Bug: AdamW on bf16 weights rounds every update of relative size 1e-3 away, and the model never moves."""
+    model = torch.nn.Linear(4, 4, bias=False).to(torch.bfloat16)
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+    plain = torch.nn.Parameter(model.weight.detach().clone())
+    ours, theirs = sft.Optimizer(model, lr=1e-3, weight_decay=0), torch.optim.AdamW([plain], lr=1e-3, weight_decay=0)
+    for _ in range(20):
+        model.weight.sum().backward()
+        ours.step()
+        plain.grad = torch.ones_like(plain)
+        theirs.step()
+    assert (plain == 1).all()  # the wrong version stands still
+    assert ours.master[0].dtype == torch.float32 and torch.allclose(ours.master[0], torch.full((4, 4), 0.98), atol=1e-3)
+    assert torch.equal(model.weight, ours.master[0].to(torch.bfloat16)) and (model.weight < 1).all()
+
+
+def test_gradients_of_bf16_micro_batches_are_summed_in_fp32():
+    """Bug: a sum of many small bf16 gradients stalls at 256 times one of them."""
+    model = torch.nn.Linear(1, 1, bias=False).to(torch.bfloat16)
+    optimizer = sft.Optimizer(model, lr=0.0)
+    for _ in range(1000):
+        model(torch.ones(1, 1, dtype=torch.bfloat16)).sum().backward()
+    assert optimizer.step(clip=1e9) == 1000
+
+
+def test_tokenizer_gives_every_text_back():
+    """Bugs: a phrase that swallows the space before a name (", each" once fell into letters); text that cannot be encoded."""
+    tokenizer = sft.tiny_tokenizer()
+    texts = ["Let's solve aaf, aaf = aab + aae = 81 + 0 = 81", "naïve 日本 \t x"]
+    lengths = []
+    for problem, _ in zip(data.generate(ops=(10, 14)), range(50)):
+        (question, response), = inject.augment(problem, "bridge", p=0.3)
+        texts += [question, response]
+        lengths += [len(tokenizer(text).input_ids) / len(text.split()) for text in (question, response)]
+    assert all(tokenizer.decode(tokenizer(text).input_ids) == text for text in texts)
+    assert sum(lengths) / len(lengths) < 1.3  # names and phrases are single tokens: fewer tokens than two for three words
+
+
+def test_vocabulary_order_is_fixed():
+    """Bug: a vocabulary built from a set changes with PYTHONHASHSEED, and every checkpoint with it."""
+    a, b = sft.tiny_tokenizer().get_vocab(), sft.tiny_tokenizer().get_vocab()
+    assert a == b and a["<pad>"] == 0 and len(set(a.values())) == len(a)
+
+
+@pytest.mark.parametrize("method", ["bridge", "vanilla"])
+def test_fine_tuning_learns_and_writes(script, tmp_path, tiny_file, method):
+    """Bugs: a loop that trains nothing; a second run that overwrites the first; a log that is not one row a step."""
+    run = lambda: script("sft.py", "--model", tiny_file, "--method", method, "--n", 60, "--epochs", 6, "--ops", 1, 2, "--lr", 3e-3)
+    first = run()
+    assert first.returncode == 0, first.stderr
+    rows = list(csv.DictReader(open(tmp_path / "sft.csv")))
+    assert [int(row["step"]) for row in rows] == list(range(1, 13)) and float(rows[-1]["loss"]) < 0.9 * float(rows[0]["loss"])
+    before = (tmp_path / "sft.pt").read_bytes()
+    assert run().returncode == 0
+    assert (tmp_path / "sft.1.pt").read_bytes() == before and (tmp_path / "sft.1.csv").exists()
+    assert sample.load_policy(tmp_path / "sft.pt").info["method"] == method
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--model", "nowhere.pt"], ["nowhere.pt"]),
+    (["--data", "nowhere.jsonl"], ["nowhere.jsonl"]),
+    (["--data", "bad.jsonl"], ["bad.jsonl", "line 2"]),
+    (["--data", "silent.jsonl"], ["silent.jsonl", "response"]),
+    (["--ops", "9", "3"], ["--ops 9 3"]),
+    (["--batch", "0"], ["--batch"]),
+    (["--p", "1.5"], ["--p"]),
+    (["--out", "nowhere/sft.pt"], ["--out"]),
+    (["--epoch", "3"], ["--epoch"]),  # no abbreviations: a typo must not be read as another flag
+])
+def test_bad_input_is_one_sentence(script, tmp_path, tiny_file, arguments, words):
+    """Bug: a traceback, or worse, a run that starts with something else than what was asked for."""
+    record = '{"question": "q", "answer": 1, "response": "r"}\n'
+    (tmp_path / "bad.jsonl").write_text(record + "{broken\n")
+    (tmp_path / "silent.jsonl").write_text('{"question": "q", "answer": 1}\n')
+    result = script("sft.py", *(() if "--model" in arguments else ("--model", tiny_file)), *arguments)
+    last = result.stderr.strip().split("\n")[-1]
+    assert result.returncode == 2 and "Traceback" not in result.stderr and all(word in last for word in words), result.stderr
+    assert not (tmp_path / "sft.pt").exists()
