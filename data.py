@@ -927,30 +927,32 @@ def draw_picture(problem):
 
 
 # What the embedded tiny model is trained and tested on (README, "The default"); its OOD test takes more operations.
-TINY = dict(ops=(4, 6), max_value=100)
-TINY_OOD = (7, 9)
+TINY, TINY_OOD = dict(ops=(4, 6), max_value=100), (7, 9)
 
 
-def add_problem_flags(parser, ops, max_value=None):
+def add_problem_flags(parser):
     """The flags that say which problems are drawn, shared by the scripts that draw them."""
     parser.add_argument("--task", default="igsm", choices=["igsm"], help="which kind of problem")
-    parser.add_argument("--ops", type=int, nargs=2, default=ops, metavar=("LO", "HI"), help=f"operations, default {ops[0]} {ops[1]}")
+    parser.add_argument("--ops", type=int, nargs=2, metavar=("LO", "HI"),
+                        help=f"operations a problem; default: {TINY['ops'][0]} {TINY['ops'][1]}, with --max-value {TINY['max_value']}")
     parser.add_argument("--max-answer", type=int, default=1000, help="drop problems with |answer| >= this")
-    parser.add_argument("--max-value", type=int, default=max_value,
-                        help="drop problems where a value on the way is >= this (a small model's arithmetic)")
+    parser.add_argument("--max-value", type=int, help="drop problems where a value on the way is >= this (a small model's arithmetic)")
     parser.add_argument("--size", type=int, nargs=2, metavar=("LO", "HI"), help="premises a problem; default: follows the operations")
 
 
 def problem_options(args):
-    """Those flags, checked, as keyword arguments of `generate`."""
-    if not 1 <= args.ops[0] <= args.ops[1] <= 30:
-        raise InputError(f"--ops {args.ops[0]} {args.ops[1]}: give a low and a high number with 1 <= low <= high <= 30")
+    """Those flags, checked, as keyword arguments of `generate`. Without --ops they are those of the tiny default."""
+    ops, max_value = args.ops or TINY["ops"], args.max_value
+    if args.ops is None and max_value is None:
+        max_value = TINY["max_value"]
+    if not 1 <= ops[0] <= ops[1] <= 30:
+        raise InputError(f"--ops {ops[0]} {ops[1]}: give a low and a high number with 1 <= low <= high <= 30")
     if args.size and not 2 <= args.size[0] <= args.size[1] <= 30:
         raise InputError(f"--size {args.size[0]} {args.size[1]}: give a low and a high number with 2 <= low <= high <= 30")
     for flag in ("max_answer", "max_value"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             raise InputError(f"--{flag.replace('_', '-')} must be at least 1")
-    return dict(task=args.task, ops=tuple(args.ops), max_answer=args.max_answer, max_value=args.max_value,
+    return dict(task=args.task, ops=tuple(ops), max_answer=args.max_answer, max_value=max_value,
                 size=tuple(args.size) if args.size else None)
 
 
@@ -987,7 +989,7 @@ class Summary:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    add_problem_flags(parser, **TINY)
+    add_problem_flags(parser)
     parser.add_argument("--n", type=int, default=1, help="how many problems")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same problems")
     parser.add_argument("--split", choices=list(SPLITS), default="train", help="which share of all problems to draw from")

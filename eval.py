@@ -96,8 +96,8 @@ def main():
     add = parser.add_argument
     add("--ckpt", nargs="+", help="checkpoints, one row each; default: sft.pt, else the tiny base")
     add("--data", nargs="+", help="JSONL files; default: fresh held-out problems in (id) and out of (ood) distribution")
-    data.add_problem_flags(parser, **data.TINY)
-    add("--ood", type=int, nargs=2, default=data.TINY_OOD, metavar=("LO", "HI"), help="operations of the ood split")
+    data.add_problem_flags(parser)
+    add("--ood", type=int, nargs=2, metavar=("LO", "HI"), help="operations of the ood split; default: up to 3 more than --ops")
     add("--n", type=int, default=300, help="fresh problems a split")
     add("--max-new-tokens", type=int, default=320)
     add("--samples", type=int, default=0, help="also k rollouts a problem at temperature 1")
@@ -116,10 +116,11 @@ def main():
     if args.data:
         splits = {path: data.read_problems(path) for path in args.data}
     else:
-        args.ops = args.ood
-        harder = data.problem_options(args)
+        ood = args.ood or (data.TINY_OOD if args.ops is None else [min(30, options["ops"][1] + more) for more in (1, 3)])
+        if not 1 <= ood[0] <= ood[1] <= 30:
+            raise data.InputError(f"--ood {ood[0]} {ood[1]}: give a low and a high number with 1 <= low <= high <= 30")
         splits = {name: list(itertools.islice(data.generate(seed=args.seed, split="test", **chosen), args.n))
-                  for name, chosen in (("id", options), ("ood", harder))}
+                  for name, chosen in (("id", options), ("ood", options | {"ops": tuple(ood)}))}
     names = [sample.default_checkpoint(name) for name in args.ckpt or [None]]
     results = []
     for name in names:

@@ -185,7 +185,7 @@ def main():
     add("--export", metavar="FOLDER", help="also write a Hugging Face folder at the end")
     problems = parser.add_argument_group("problems")
     problems.add_argument("--data", help="JSONL of problems; default: fresh ones, never the same twice")
-    data.add_problem_flags(problems, **data.TINY)
+    data.add_problem_flags(problems)
     add = parser.add_argument_group("rollouts").add_argument
     add("--steps", type=int, help="default: 120 for a tiny model, else 200")
     add("--prompts", type=int, help="problems a step; default: 16 for a tiny model, else 32")
@@ -243,7 +243,8 @@ def main():
     held_out = list(itertools.islice(data.generate(seed=args.seed, split="val", **options), args.eval_n if args.eval_every else 0))
     stream = problem_stream(args, start=first * args.prompts)
     print(sample.describe(policy))
-    print(f"{args.steps} steps of {args.prompts} problems x {args.n} rollouts ({args.data or f'fresh, ops {args.ops[0]}-{args.ops[1]}'}), "
+    source = args.data or "fresh, ops {}-{}".format(*options["ops"])
+    print(f"{args.steps} steps of {args.prompts} problems x {args.n} rollouts ({source}), "
           f"at most {args.max_new_tokens} new tokens; lr {args.lr}, beta {args.beta}; writes {args.out} and {csv_file}")
 
     def save_state(step):

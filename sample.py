@@ -715,7 +715,7 @@ class Decoder:
         member = self.member[:P * S].view(P, S)              # the rows of each prompt, padded with row 0
         own_position = position - start                      # start: the position of the prompt's last token
         seen = torch.cat((self.column[:Tp] < start[:, None], self.column[:To] <= own_position[:, None]), 1)
-        bias = torch.zeros(B, Tp + To, dtype=self.own.dtype, device=self.device).masked_fill_(~seen, -math.inf)[:, None, None]
+        bias = torch.zeros(B, Tp + To, device=self.device).masked_fill_(~seen, -math.inf)[:, None, None]
         here = self.slot[:B], self.head_index, own_position[:, None]                                   # broadcast to (B, kv_heads)
 
         def by_prompt(x):                                    # (B, kv_heads, G, .) -> (P, kv_heads, S * G, .)
@@ -731,8 +731,8 @@ class Decoder:
             keys, values = keys[:B, :, :To], values[:B, :, :To]                                        # (B, kv_heads, To, D)
             shared_keys, shared_values = self.shared[i, :, :P, :, :Tp]                                 # (P, kv_heads, Tp, D)
             q = q.view(B, self.kv_heads, -1, self.dim)       # G query heads to a kv head, which is not repeated
-            scores = torch.cat((by_row(by_prompt(q) @ shared_keys.mT), q @ keys.mT), -1)               # (B, kv_heads, G, Tp + To)
-            weights = torch.softmax(torch.add(bias, scores, alpha=self.dim ** -0.5), -1, dtype=torch.float32).to(v.dtype)
+            scores = torch.cat((by_row(inner(by_prompt(q), shared_keys)), inner(q, keys)), -1)         # (B, kv_heads, G, Tp + To)
+            weights = torch.softmax(torch.add(bias, scores, alpha=self.dim ** -0.5), -1).to(v.dtype)
             out = by_row(by_prompt(weights[..., :Tp]) @ shared_values) + weights[..., Tp:] @ values
             return out.flatten(1, 2)                                                                   # (B, heads, D)
 
@@ -756,13 +756,13 @@ class Decoder:
             else:
                 state.append((0, 0, 0, 0, 0, 0))
         live = [row for row in rows if row]
-        cuda = self.device.type == "cuda"                    # coarse sizes there: a graph is captured for each shape
-        up = (lambda x, step, limit: min(limit, round_up(x, 2 * step))) if cuda else (lambda x, step, limit: min(limit, round_up(x, step)))
         P, S = max(groups) + 1, max(map(len, groups.values()))
+        Tp, To = max(len(row.prompt) for row in live), max(len(row.rollout.tokens) for row in live) + self.sync
+        cuda = self.device.type == "cuda"                    # a graph is captured for each shape: coarser sizes, fewer graphs
         if cuda:
             P, S = min(self.size[1], 1 << (P - 1).bit_length()), 1 << (S - 1).bit_length()
-        shape = (len(rows), P, S, up(max(len(row.prompt) for row in live), 32, self.size[2]),
-                 up(max(len(row.rollout.tokens) for row in live) + self.sync, 32, self.size[3]))
+        step = 128 if cuda else 16
+        shape = len(rows), P, S, min(self.size[2], round_up(Tp, step)), min(self.size[3], round_up(To, step))
         member = [row for g in range(P) for row in (groups.get(g, []) + [0] * S)[:S]]
         inputs = torch.tensor(state).T, torch.tensor(member)
         self.upload(*inputs)
@@ -791,6 +791,13 @@ class Decoder:
             self.step(shape, temperature)
         self.pool = self.pool or graph.pool()
         self.graphs[shape, temperature] = graph
+
+
+def inner(q, k):
+    """q (X, Y, M, D) and k (X, Y, T, D) -> (X, Y, M, T), in fp32 for bf16 inputs too: a score of 100 has no digits in bf16."""
+    if q.is_cuda and q.dtype != torch.float32:
+        return torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT, out_dtype=torch.float32).unflatten(0, q.shape[:2])
+    return q.float() @ k.float().mT
 
 
 def rms_norm(x, norm):

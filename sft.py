@@ -305,7 +305,7 @@ def probe(policy, examples):
     return {kind: right[kind] / total[kind] for kind in ("copied", "named", "premise", "numbers", "value")}
 
 
-def pretrain(policy, args):
+def pretrain(policy, args, ops, max_value):
     """Train a tiny base model from random weights on `args.tokens` tokens, short texts first.
 
     Muon (orthogonalised momentum) on the matrices, AdamW on embeddings, norms and biases, small batches: together
@@ -318,7 +318,7 @@ def pretrain(policy, args):
                   torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)]
     rng, held_out, encode = Random(args.seed), Random(f"held out {args.seed}"), lambda pair: (
         sample.encode_prompt(policy.tokenizer, pair[0]), sample.encode_response(policy.tokenizer, pair[1]))
-    draw = lambda source, progress: encode(pretraining_text(source, progress, args.ops, args.max_value))
+    draw = lambda source, progress: encode(pretraining_text(source, progress, ops, max_value))
     examples = [draw(held_out, 1.0) for _ in range(128)]
     log = Log(args.out.removesuffix(".pt") + ".csv",
               ["step", "tokens", "loss", "tokens_per_s", "lr", "copied", "named", "premise", "numbers", "value"])
@@ -365,7 +365,7 @@ def main():
     add("--data", help="JSONL with responses; default: --n fresh problems with --method's answers")
     add("--out", default="sft.pt")
     add("--seed", type=int, default=0)
-    data.add_problem_flags(parser, **data.TINY)
+    data.add_problem_flags(parser)
     add("--method", choices=["vanilla", "bridge", "pp-aug", "rc-aug"], default="bridge", help="answers of the fresh problems")
     add("--behaviors", nargs="*", choices=inject.BEHAVIORS, default=inject.BEHAVIORS)
     add("--p", type=float, default=0.1, help="injection probability of analysis and reflection")
@@ -397,7 +397,7 @@ def main():
         args.lr = args.lr or 2e-3
         policy = tiny_policy(args.width, args.layers, args.heads, args.seed)
         set_aside(args.out)
-        pretrain(policy, args)
+        pretrain(policy, args, options["ops"], options["max_value"])
         return
     policy = sample.load_policy(sample.TINY_BASE if args.model == "tiny" else args.model)
     small = sum(p.numel() for p in policy.model.parameters()) < 50e6
