@@ -3,6 +3,7 @@
     python eval.py --ckpt sft.pt grpo.pt                    # greedy accuracy, in distribution and on harder problems
     python eval.py --ckpt sft.pt grpo.pt --samples 8 --plot rollouts.png --json scores.json
     python eval.py --ckpt sft.pt grpo.pt --data test.jsonl
+    python eval.py --curves grpo.csv --plot reward.png      # the training log as a figure
 
 Accuracy is exact match of the boxed integer, greedy, on held-out problems (a hash of the text keeps them apart from
 everything trained on). Beside every accuracy stand its 95% interval and the score of a policy that always gives the
@@ -11,7 +12,7 @@ most frequent answer: iGSM's answers are so skewed that this alone can look like
 With --samples k, k rollouts of each problem at temperature 1 show what GRPO will find: the shares of problems where
 all rollouts fail, some succeed, or all succeed. Only the middle ones carry a gradient (paper, Figure 2).
 """
-import argparse, itertools, json, math, os
+import argparse, csv, itertools, json, math, os
 from collections import Counter
 
 import data, sample
@@ -80,6 +81,33 @@ def plot(results, path):
     figure.savefig(path, dpi=150)
 
 
+def plot_curves(paths, path):
+    """Reward and held-out accuracy against step, from the CSV files that grpo.py writes."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axis = plt.subplots(figsize=(6, 3.4))
+    for i, name in enumerate(paths):
+        try:
+            with open(name, newline="") as file:
+                rows = list(csv.DictReader(file))
+            steps, rewards = [int(row["step"]) for row in rows], [float(row["reward"]) for row in rows]
+            tests = [(int(row["step"]), float(row["val_accuracy"])) for row in rows if row["val_accuracy"]]
+        except (OSError, KeyError, ValueError):
+            raise data.InputError(f"{name}: not a CSV file that grpo.py wrote") from None
+        shade, label = str(0.6 * i / max(1, len(paths) - 1)), os.path.splitext(os.path.basename(name))[0]
+        smooth = [sum(rewards[max(0, k - 9):k + 1]) / len(rewards[max(0, k - 9):k + 1]) for k in range(len(rewards))]
+        axis.plot(steps, rewards, color=shade, linewidth=0.5, alpha=0.5)
+        axis.plot(steps, smooth, color=shade, linewidth=2, label=f"{label}: reward of the rollouts (mean of 10 steps)")
+        axis.plot(*zip(*tests), color=shade, marker="o", linestyle="--", markersize=4, label=f"{label}: greedy accuracy, held-out problems")
+    axis.set_xlabel("GRPO step")
+    axis.set_ylabel("share right")
+    axis.set_ylim(0, 1)
+    axis.legend(frameon=False, fontsize=8, loc="upper left")
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
 def table(results):
     """One row a checkpoint and split."""
     rows = [("checkpoint", "split", "accuracy", "95% interval", "majority", "format", "cut", "tokens")]
@@ -99,20 +127,25 @@ def main():
     data.add_problem_flags(parser)
     add("--ood", type=int, nargs=2, metavar=("LO", "HI"), help="operations of the ood split; default: up to 3 more than --ops")
     add("--n", type=int, default=300, help="fresh problems a split")
-    add("--max-new-tokens", type=int, default=320)
+    add("--max-new-tokens", type=int, default=512)
     add("--samples", type=int, default=0, help="also k rollouts a problem at temperature 1")
     add("--seed", type=int, default=0)
     add("--json", metavar="FILE", help="write all figures there")
     add("--plot", metavar="FILE.png", help="draw the rollout-accuracy histogram (needs --samples and matplotlib)")
+    add("--curves", nargs="+", metavar="FILE.csv", help="draw these training logs into --plot and stop")
     args = parser.parse_args()
     options = data.problem_options(args)
     if args.n < 1 or args.max_new_tokens < 1 or args.samples < 0:
         raise data.InputError("--n and --max-new-tokens must be at least 1, --samples at least 0")
-    if args.plot and not args.samples:
+    if args.plot and not args.samples and not args.curves:
         raise data.InputError("--plot draws rollouts: give --samples 8 as well")
+    if args.curves and not args.plot:
+        raise data.InputError("--curves needs --plot FILE.png to draw into")
     for path in filter(None, (args.json, args.plot)):
         if not os.path.isdir(os.path.dirname(path) or "."):
             raise data.InputError(f"{path}: its folder does not exist")
+    if args.curves:
+        return plot_curves(args.curves, args.plot)
     if args.data:
         splits = {path: data.read_problems(path) for path in args.data}
     else:

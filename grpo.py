@@ -203,7 +203,7 @@ def main():
     add("--epochs", type=int, default=1, help="updates on one batch of rollouts")
     add("--weight-decay", type=float, default=0.01)
     add("--max-grad-norm", type=float, default=1.0)
-    add("--micro-tokens", type=int, default=16384, help="tokens in one forward pass: lower it when memory runs out")
+    add("--micro-tokens", type=int, default=4096, help="tokens in one forward pass: lower it when memory runs out")
     add = parser.add_argument_group("watching").add_argument
     add("--eval-every", type=int, default=20, help="steps between measurements of greedy accuracy on held-out problems; 0: never")
     add("--eval-n", type=int, default=100, help="how many held-out problems")

@@ -9,7 +9,7 @@ can never be stale. The sections, in reading order: 1 policy and checkpoint, 2 p
 
 Simplifications, against what an inference server does:
 1. One GPU, one process. The KV cache is one rectangle per row (no pages): memory is reserved for the longest row.
-2. Rows share a cached prefix only with the other rows of their own prompt: that is where GRPO's groups gain.
+2. No shared prefix in the cache: a prompt's keys and values are computed once for its n rows, then copied to each.
 3. No top-p, top-k or penalties: they would make the sampled distribution differ from the one that is trained.
 4. Our decode step knows Qwen2/2.5, Qwen3 and Llama 3; every other model runs through its own slow forward (a line says so).
 """
@@ -505,8 +505,8 @@ def token_logprobs(hidden, weight, targets, *, temperature=1.0, backend="auto", 
 # 4. The sampler
 #
 # A *row* is one rollout on its way. Rows live in the slots of a static KV cache; one step feeds every live row its last token
-# and draws the next one. The host looks at the drawn tokens every SYNC steps: finished rows leave, waiting prompts take their
-# slots, and when none wait, the last rows move into the holes so that the batch shrinks (compaction).
+# and draws the next one. The host looks at the drawn tokens after each step (CUDA: every 16): finished rows leave, waiting
+# prompts take their slots, and when none wait, the last rows move into the holes so that the batch shrinks (compaction).
 # ---------------------------------------------------------------------------------------------------------------------------
 @dataclass(slots=True)
 class Rollout:
@@ -614,31 +614,26 @@ def why_not_ours(model):
 class Decoder:
     """Prefill and decode step of a Llama-shaped model over the Hugging Face model's own parameter tensors.
 
-    The KV cache has two parts. `shared` holds each prompt once, all but its last token, however many rows answer it; `own`
-    holds what a row alone has seen, from the last prompt token on. A step attends over both.
+    The KV cache has `rows` slots of `length` positions; position t of a row sits at column t, whatever the other rows do.
     """
-    def __init__(self, model, rows, groups, prompt_length, new_length):
+    def __init__(self, model, rows, length):
         config, body = model.config, model.model
         weight = model.lm_head.weight
-        self.size, self.device = (rows, groups, prompt_length, new_length), weight.device
+        self.rows, self.length, self.device = rows, length, weight.device
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.dim = getattr(config, "head_dim", None) or config.hidden_size // self.heads
-        # (layers, 2, rows, kv_heads, length, D). Zeros, not empty: a masked column is multiplied by 0, and 0 * NaN is NaN.
-        cache = lambda rows, length: torch.zeros(config.num_hidden_layers, 2, rows, self.kv_heads, length, self.dim,
-                                                 dtype=weight.dtype, device=self.device)
-        self.own, self.shared = cache(rows, new_length), cache(groups, prompt_length)
+        # Zeros, not empty: a masked column is multiplied by 0, and 0 * NaN is NaN.
+        self.kv = torch.zeros(config.num_hidden_layers, 2, rows, length, self.kv_heads, self.dim, dtype=weight.dtype, device=self.device)
         rotary = body.rotary_emb                             # inv_freq carries Llama 3's scaling
-        angle = torch.arange(prompt_length + new_length, device=self.device)[:, None] * rotary.inv_freq.float()
+        angle = torch.arange(length, device=self.device)[:, None] * rotary.inv_freq.float()
         cos, sin = angle.cos() * rotary.attention_scaling, angle.sin() * rotary.attention_scaling
         self.cos = torch.cat((cos, cos), -1).to(weight.dtype)                                          # (length, D)
         self.sin = torch.cat((-sin, sin), -1).to(weight.dtype)               # the sign of rotate-half, put into the table
-        self.column = torch.arange(max(prompt_length, new_length), device=self.device)
-        self.slot = torch.arange(rows, device=self.device)[:, None]                                    # (rows, 1)
-        self.head_index = torch.arange(self.kv_heads, device=self.device)                              # (kv_heads,)
+        self.column = torch.arange(length, device=self.device)
+        self.slot = torch.arange(rows, device=self.device)
         self.sync = 16 if self.device.type == "cuda" else 1
         # What a step reads and writes besides the cache. The host rewrites `state` before every run of steps.
-        self.state = torch.zeros(6, rows, dtype=torch.int64, device=self.device)       # token, position, start, key, group, place
-        self.member = torch.zeros(4 * groups * rows, dtype=torch.int64, device=self.device)
+        self.state = torch.zeros(3, rows, dtype=torch.int64, device=self.device)                       # token, position, key
         self.out_token = torch.zeros(self.sync, rows, dtype=torch.int64, device=self.device)
         self.out_logprob = torch.zeros(self.sync, rows, device=self.device)
         self.count = torch.zeros(1, dtype=torch.int64, device=self.device)
@@ -677,7 +672,7 @@ class Decoder:
         return x
 
     def prefill(self, prompts):
-        """Keys and values of every prompt but its last token, which the first step feeds. One (layers, 2, kv_heads, T, D) each.
+        """Keys and values of every prompt but its last token, which the first step feeds. One (layers, 2, T, kv_heads, D) each.
 
         Shorter prompts are padded on the right, where causal attention never looks.
         """
@@ -688,53 +683,35 @@ class Decoder:
         cache = []
 
         def attend(i, q, k, v):                              # (P, T, heads, D)
-            q, k, v = (t.transpose(1, 2) for t in (q, k, v))                                           # (P, heads, T, D)
             cache.append(torch.stack((k, v)))
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))                                           # (P, heads, T, D)
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
 
         self.transformer(F.embedding(ids.to(self.device), self.embedding), self.cos[:T, None], self.sin[:T, None], attend)
-        cache = torch.stack(cache)                           # (layers, 2, P, kv_heads, T, D)
-        return [cache[:, :, i, :, :len(prompt) - 1] for i, prompt in enumerate(prompts)]
+        cache = torch.stack(cache)                           # (layers, 2, P, T, kv_heads, D)
+        return [cache[:, :, i, :len(prompt) - 1] for i, prompt in enumerate(prompts)]
 
-    def place(self, group, kv):
-        """Store a prompt's keys and values, once for all its rows."""
-        self.shared[:, :, group, :, :kv.shape[3]] = kv
+    def place(self, slot, kv):
+        """Copy a prompt's keys and values into the slot of one of its rows."""
+        self.kv[:, :, slot, :kv.shape[2]] = kv
 
     def move(self, source, target, length):
-        self.own[:, :, target, :, :length] = self.own[:, :, source, :, :length]
+        self.kv[:, :, target, :length] = self.kv[:, :, source, :length]
 
-    def step(self, shape, temperature):
-        """Feed each of the first B rows its token, draw the next. No host sync inside, so that CUDA can capture it.
+    def step(self, B, T, temperature):
+        """Feed each of the first B rows its token, draw the next; only the first T columns of the cache are read.
 
-        shape = (B, P, S, Tp, To): B rows, of which up to S answer each of P prompts; the step reads the first Tp columns of the
-        prompts' cache and the first To of the rows'. The rows of a prompt become the queries of one matrix product, so its
-        keys are read once for all of them (the idea of "Hydragen", arXiv 2402.05099).
-        """
-        B, P, S, Tp, To = shape
-        token, position, start, key, group, place = self.state[:, :B]                                  # (B,) each
-        member = self.member[:P * S].view(P, S)              # the rows of each prompt, padded with row 0
-        own_position = position - start                      # start: the position of the prompt's last token
-        seen = torch.cat((self.column[:Tp] < start[:, None], self.column[:To] <= own_position[:, None]), 1)
-        bias = torch.zeros(B, Tp + To, device=self.device).masked_fill_(~seen, -math.inf)[:, None, None]
-        here = self.slot[:B], self.head_index, own_position[:, None]                                   # broadcast to (B, kv_heads)
-
-        def by_prompt(x):                                    # (B, kv_heads, G, .) -> (P, kv_heads, S * G, .)
-            return x[member].transpose(1, 2).flatten(2, 3)
-
-        def by_row(x):                                       # and back
-            return x.unflatten(2, (S, -1)).transpose(1, 2)[group, place]
+        No host sync inside, so that CUDA can capture it."""
+        token, position, key = self.state[:, :B]
+        bias = torch.zeros(B, 1, 1, T, dtype=self.kv.dtype, device=self.device)
+        bias.masked_fill_((self.column[:T] > position[:, None])[:, None, None], -math.inf)
 
         def attend(i, q, k, v):
-            keys, values = self.own[i]
-            keys.index_put_(here, k)
-            values.index_put_(here, v)
-            keys, values = keys[:B, :, :To], values[:B, :, :To]                                        # (B, kv_heads, To, D)
-            shared_keys, shared_values = self.shared[i, :, :P, :, :Tp]                                 # (P, kv_heads, Tp, D)
-            q = q.view(B, self.kv_heads, -1, self.dim)       # G query heads to a kv head, which is not repeated
-            scores = torch.cat((by_row(inner(by_prompt(q), shared_keys)), inner(q, keys)), -1)         # (B, kv_heads, G, Tp + To)
-            weights = torch.softmax(torch.add(bias, scores, alpha=self.dim ** -0.5), -1).to(v.dtype)
-            out = by_row(by_prompt(weights[..., :Tp]) @ shared_values) + weights[..., Tp:] @ values
-            return out.flatten(1, 2)                                                                   # (B, heads, D)
+            self.kv[i, 0].index_put_((self.slot[:B], position), k)
+            self.kv[i, 1].index_put_((self.slot[:B], position), v)
+            keys, values = self.kv[i, :, :B, :T].transpose(2, 3)                                       # (B, kv_heads, T, D)
+            q = q.view(B, self.kv_heads, -1, self.dim)       # the query heads of one kv head as its queries: nothing is repeated
+            return F.scaled_dot_product_attention(q, keys, values, attn_mask=bias.expand(-1, -1, q.shape[2], -1)).flatten(1, 2)
 
         x = self.transformer(F.embedding(token, self.embedding), self.cos[position][:, None], self.sin[position][:, None], attend)
         logits = F.linear(rms_norm(x, self.norm), self.head)                                           # (B, V)
@@ -743,61 +720,37 @@ class Decoder:
         self.out_logprob[:, :B].index_copy_(0, self.count, logprob[None])
         self.count.add_(1)
         token.copy_(new)
-        position.add_(1)
+        position.add_(1).clamp_(max=T - 1)                   # a row that ends between two syncs runs on, but never out of the cache
 
     def run(self, rows, temperature):
         """`sync` steps for the rows (None = an empty slot). Returns tokens and logprobs, lists (sync, rows)."""
-        groups, state = {}, []
-        for slot, row in enumerate(rows):
-            if row:
-                members = groups.setdefault(row.group, [])
-                state.append((row.last, row.length - 1, len(row.prompt) - 1, row.key, row.group, len(members)))
-                members.append(slot)
-            else:
-                state.append((0, 0, 0, 0, 0, 0))
-        live = [row for row in rows if row]
-        P, S = max(groups) + 1, max(map(len, groups.values()))
-        Tp, To = max(len(row.prompt) for row in live), max(len(row.rollout.tokens) for row in live) + self.sync
         cuda = self.device.type == "cuda"                    # a graph is captured for each shape: coarser sizes, fewer graphs
-        if cuda:
-            P, S = min(self.size[1], 1 << (P - 1).bit_length()), 1 << (S - 1).bit_length()
-        step = 128 if cuda else 16
-        shape = len(rows), P, S, min(self.size[2], round_up(Tp, step)), min(self.size[3], round_up(To, step))
-        member = [row for g in range(P) for row in (groups.get(g, []) + [0] * S)[:S]]
-        inputs = torch.tensor(state).T, torch.tensor(member)
-        self.upload(*inputs)
-        if cuda and (shape, temperature) not in self.graphs:
-            self.capture(shape, temperature)
-            self.upload(*inputs)                             # the warm-up moved the rows on
-        for _ in range(self.sync):
-            self.graphs[shape, temperature].replay() if cuda else self.step(shape, temperature)
-        return self.out_token[:, :len(rows)].tolist(), self.out_logprob[:, :len(rows)].tolist()
-
-    def upload(self, state, member):
-        self.state[:, :state.shape[1]] = state.to(self.device)
-        self.member[:len(member)] = member.to(self.device)
+        longest = max(row.length for row in rows if row) + self.sync
+        B, T = len(rows), min(self.length, round_up(longest, 128 if cuda else 32))
+        state = torch.tensor([(row.last, row.length - 1, row.key) if row else (0, 0, 0) for row in rows]).T.to(self.device)
+        self.state[:, :B] = state
         self.count.zero_()
+        if cuda and (B, T, temperature) not in self.graphs:
+            self.capture(B, T, temperature)
+            self.state[:, :B] = state                        # the warm-up moved the rows on
+            self.count.zero_()
+        for _ in range(self.sync):
+            self.graphs[B, T, temperature].replay() if cuda else self.step(B, T, temperature)
+        return self.out_token[:, :B].tolist(), self.out_logprob[:, :B].tolist()
 
-    def capture(self, shape, temperature):
-        """Record step(shape, temperature) as one CUDA graph: hundreds of kernel launches become one."""
+    def capture(self, B, T, temperature):
+        """Record step(B, T, temperature) as one CUDA graph: hundreds of kernel launches become one."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(2):                               # warm-up: libraries allocate, Triton compiles
-                self.step(shape, temperature)
+                self.step(B, T, temperature)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
-            self.step(shape, temperature)
+            self.step(B, T, temperature)
         self.pool = self.pool or graph.pool()
-        self.graphs[shape, temperature] = graph
-
-
-def inner(q, k):
-    """q (X, Y, M, D) and k (X, Y, T, D) -> (X, Y, M, T), in fp32 for bf16 inputs too: a score of 100 has no digits in bf16."""
-    if q.is_cuda and q.dtype != torch.float32:
-        return torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT, out_dtype=torch.float32).unflatten(0, q.shape[:2])
-    return q.float() @ k.float().mT
+        self.graphs[B, T, temperature] = graph
 
 
 def rms_norm(x, norm):
@@ -807,8 +760,8 @@ def rms_norm(x, norm):
 
 class SlowDecoder:
     """The same interface for any other architecture: every step runs the model's own forward over the whole sequences."""
-    def __init__(self, model, *size):
-        self.size, self.sync = size, 1
+    def __init__(self, model, rows, length):
+        self.rows, self.length, self.sync = rows, length, 1
 
     def bind(self, model):
         self.model = model
@@ -816,7 +769,7 @@ class SlowDecoder:
     def prefill(self, prompts):
         return [None] * len(prompts)
 
-    def place(self, group, kv):
+    def place(self, slot, kv):
         pass
 
     def move(self, source, target, length):
@@ -840,7 +793,6 @@ class SlowDecoder:
 @dataclass(slots=True)
 class _Row:
     prompt: list
-    group: int
     key: int
     rollout: Rollout
     closed: bool = False
@@ -874,6 +826,8 @@ def batch_limit(policy, prompt_length, max_new_tokens):
     if policy.device.type == "cuda":
         free = torch.cuda.mem_get_info(policy.device)[0]
         free += torch.cuda.memory_reserved(policy.device) - torch.cuda.memory_allocated(policy.device)
+        if isinstance(policy.engine, Decoder):               # the kept cache will be used again, or freed for a larger one
+            free += policy.engine.kv.nbytes
         limit = min(2048, int(0.8 * free / row))
     else:
         limit = min(128, int(4e9 / row))                      # a fixed budget: the same run everywhere gets the same batches
@@ -882,13 +836,13 @@ def batch_limit(policy, prompt_length, max_new_tokens):
     return limit
 
 
-def _engine(policy, *size):
-    """The policy's decoder, made anew only if the kept one is too small. size: rows, groups, prompt length, new length."""
+def _engine(policy, rows, length):
+    """The policy's decoder, made anew only if the kept one is too small."""
     engine = policy.engine
-    if engine is None or any(have < want for have, want in zip(engine.size, size)):
+    if engine is None or engine.rows < rows or engine.length < length:
         policy.engine = None                                 # free the old cache before the new one is allocated
         kind = SlowDecoder if why_not_ours(policy.model) else Decoder
-        policy.engine = engine = kind(policy.model, *size)
+        policy.engine = engine = kind(policy.model, rows, length)
     engine.bind(policy.model)
     return engine
 
@@ -935,32 +889,30 @@ def generate(policy, prompts, n=1, max_new_tokens=512, temperature=1.0, seed=0, 
     check_request(policy, prompts, n, max_new_tokens)
     longest = max(map(len, prompts))
     limit = min(max_batch or batch_limit(policy, longest, max_new_tokens), n * len(prompts))
-    groups = min(limit, len(prompts))                        # a prompt in flight has a live row, so this many always suffice
-    engine = _engine(policy, limit, groups, round_up(longest, 64), round_up(max_new_tokens + 16, 64))
+    engine = _engine(policy, limit, round_up(longest + max_new_tokens + 16, 128))
     tokenizer, eos = policy.tokenizer, policy.eos_ids
     keys = row_keys(seed, len(prompts), n).tolist()
     results = [[None] * n for _ in prompts]
     waiting = deque(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])))     # long ones first: alike in length, short tail
     ready = deque()                                                                  # prefilled prompts: (index, kv)
-    slots, group, samples = [None] * limit, None, deque()                            # samples of prompt i that wait for a slot
+    slots, samples = [None] * limit, deque()                                         # samples of prompt i that wait for a slot
 
     while waiting or ready or samples or any(slots):
         # Refill: free slots take the next samples of the current prompt, then of the next one; prefill a few when none is ready.
         for slot in [i for i, row in enumerate(slots) if row is None]:
             if not samples and not ready and waiting:
                 batch = [waiting.popleft()]
-                while waiting and len(batch) * n < slots.count(None) and (len(batch) + 1) * len(prompts[batch[0]]) <= 8192:
+                while waiting and len(batch) * n < max(16, slots.count(None)) and (len(batch) + 1) * len(prompts[batch[0]]) <= 8192:
                     batch.append(waiting.popleft())
                 ready.extend(zip(batch, engine.prefill([prompts[i] for i in batch])))
             if not samples and ready:
                 i, kv = ready.popleft()
                 samples.extend(range(n))
-                group = min(set(range(groups)) - {row.group for row in slots if row})
-                engine.place(group, kv)
             if samples:
                 j = samples.popleft()
+                engine.place(slot, kv)
                 results[i][j] = Rollout([], [])
-                slots[slot] = _Row(prompts[i], group, keys[i][j], results[i][j])
+                slots[slot] = _Row(prompts[i], keys[i][j], results[i][j])
 
         # Compaction: rows beyond the batch that the live ones need move into the holes below it.
         live = [i for i, row in enumerate(slots) if row]
@@ -969,7 +921,7 @@ def generate(policy, prompts, n=1, max_new_tokens=512, temperature=1.0, seed=0, 
             holes = (i for i in range(size) if slots[i] is None)
             for source in (i for i in live if i >= size):
                 target = next(holes)
-                engine.move(source, target, len(slots[source].rollout.tokens))
+                engine.move(source, target, slots[source].length)
                 slots[target], slots[source] = slots[source], None
 
         tokens, logprobs = engine.run(slots[:size], temperature)
@@ -1001,8 +953,8 @@ def greedy_accuracy(policy, problems, max_new_tokens=512, max_batch=None):
     """Greedy answers to `problems` (objects with .question and .answer), scored by data.reward.
 
     Returns n, correct, accuracy, format_rate (share with exactly one readable answer), cut_rate (share that reached
-    max_new_tokens), mean_tokens, and hits (0.0 or 1.0) and
-    texts, in the order of the problems.
+    max_new_tokens), mean_tokens, hits (0.0 or 1.0) and texts,
+    both in the order of the problems.
     """
     problems = list(problems)
     if not problems:

@@ -4,11 +4,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-torch.set_num_threads(2)
 
 
 @pytest.fixture(scope="session")
