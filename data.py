@@ -1,33 +1,44 @@
-"""Chapter 1. Problems: grade-school word problems that are graphs in disguise (iGSM).
+"""Chapter 1. Problems: word problems that are graphs in disguise.
 
     python data.py                                          # one problem, its graph, its answer
     python data.py --ops 15 20 --n 2000 --seed 100 --out train.jsonl
+    python data.py --task promptbench --depth 4 --redundancy 0 8 --n 5000 --out train.jsonl
 
 A problem is a directed acyclic graph (DAG). Every *quantity* is a node; an edge runs to it from each
 quantity that it is computed from. The question states one premise per line in random order, and the
 answer walks the graph from what is given to what is asked:
 
-    The number of each Tall Barn's Tin Crate equals 5 more than each Old Barn's Crate.
-    The number of each Old Barn's Tin Crate equals 2.                 (2) Old Barn's Tin Crate   ──┐
-    The number of each Old Barn's Wicker Crate equals 4.              (4) Old Barn's Wicker Crate ─┤
-    How many Tin Crate does each Tall Barn have?                      (6) Old Barn's Crate, implied ┘
-                                                                      (11) Tall Barn's Tin Crate = 5 + 6
+>>> farm = '''The number of each Tall Barn's Tin Crate equals 5 more than each Old Barn's Crate.
+... The number of each Old Barn's Tin Crate equals 2.
+... The number of each Tall Barn's Pine Crate equals 3 times each Old Barn's Tin Crate.
+... The number of each Old Barn's Pine Crate equals 4.
+... How many Tin Crate does each Tall Barn have?'''
+>>> print(draw_picture(read_question(farm)))
+each Tall Barn's Tin Crate = 5 + 6 = 11
+ +-- each Old Barn's Crate = 2 + 4 = 6 (implied)
+      +-- each Old Barn's Tin Crate = 2
+      +-- each Old Barn's Pine Crate = 4
+not needed:
+each Tall Barn's Pine Crate = 3 * 2 = 6
+ +-- each Old Barn's Tin Crate (see above)
 
 "each Old Barn's Crate" is *implied*: no premise states it, it is the sum over Old Barn's crates. The file
-follows a problem's life: structure graph → dependency graph → text → answer → reading the text back into
-its graph → checking an answer step by step → JSONL. Source: Ye et al. 2024 ("Physics of Language Models
-2.1"), as modified by BRIDGE (arXiv 2505.18917): no modulo, large answers dropped, redundant premises.
+follows a problem's life: structure graph, dependency graph, text, answer, reading the text back into its
+graph, checking an answer step by step, JSONL. Source: Ye et al. 2024 ("Physics of Language Models 2.1"), as
+modified by BRIDGE (arXiv 2505.18917): no modulo, large answers dropped, redundant premises. A second task,
+PromptBench arithmetic (Zhu et al. 2024, "DyVal"), differs in its text functions alone.
 
-Where we depart from the released generator:
+Where we depart from the released generator and the paper:
 1. the names are our own, and a name never makes a premise ambiguous (theirs are split at "'s ");
 2. the size of the structure follows the number of operations, so 1 operation works as well as 30;
-3. a hash of the text decides whether a problem is for training, validation or test, whatever the seed.
+3. a hash of the text decides whether a problem is for training, validation or test, whatever the seed;
+4. PromptBench names are random (in DyVal their order gives the solution away) and "subtracting B from A" is A - B.
 """
 import argparse, hashlib, json, os, re, sys, time
-from collections import Counter
+from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
-from itertools import count
+from dataclasses import dataclass, field, replace
+from itertools import count, islice, product
 from random import Random
 from typing import NamedTuple
 
@@ -123,20 +134,28 @@ def run_cli(main):
 
 
 # ------------------------------------------------------------------------------------------ the graph
+SYMBOLS = ("+", "-", "*", "(", ")")
+LARGEST = 10**100  # no quantity may reach this: a hostile question that squares and squares would never end
+
+
 class Node(NamedTuple):
     """One quantity. `formula` is a tuple of ints, names of parents and the symbols + - * ( )."""
     name: str       # "each Old Barn's Crate"
     formula: tuple  # (5, "*", "(", "each ...", "+", "each ...", ")")
-    text: str       # its premise after "equals": "5 times the sum of ..."; "" if the quantity is implied
+    text: str       # what its premise says of it: "5 times the sum of ..."; "" if the quantity is implied
 
     @property
     def parents(self):
-        return tuple(dict.fromkeys(t for t in self.formula if isinstance(t, str) and t not in "+-*()"))
+        return tuple(dict.fromkeys(t for t in self.formula if isinstance(t, str) and t not in SYMBOLS))
+
+    @property
+    def degree(self):
+        """In-degree, where a constant written in the premise counts as one in-edge."""
+        return sum(t not in SYMBOLS for t in self.formula)
 
     @property
     def operations(self):
-        """max(1, in-degree - 1), where a constant written in the premise counts as one in-edge."""
-        return max(1, sum(t not in ("+", "-", "*", "(", ")") for t in self.formula) - 1)
+        return max(1, self.degree - 1)
 
 
 @dataclass
@@ -147,9 +166,11 @@ class Problem:
     nodes: dict                   # name -> Node: described and implied, needed and redundant
     response: str = ""            # <think> ... </think> <answer> ... </answer>
     ops: int = 0                  # operations of the nodes that the answer needs
-    categories: dict = field(default_factory=dict)  # category -> items drawn, lowest layer first
+    categories: dict = field(default_factory=dict)  # igsm: category -> items drawn, lowest layer first
     task: str = "igsm"
     id: object = None
+    depth: int = 0                # promptbench: levels of the tree, and how many trees it does not need
+    redundancy: int = 0
 
 
 def reduce_once(tokens):
@@ -161,10 +182,11 @@ def reduce_once(tokens):
     end = tokens.index(")") if ")" in tokens else len(tokens)
     start = max((i for i in range(end) if tokens[i] == "("), default=-1) + 1
     inner = tokens[start:end]
-    at = inner.index("*") if "*" in inner else 1
-    a, symbol, b = inner[at - 1:at + 2]
-    value = a * b if symbol == "*" else a + b if symbol == "+" else a - b
-    inner = inner[:at - 1] + (value,) + inner[at + 2:]
+    if len(inner) > 1:
+        at = inner.index("*") if "*" in inner else 1
+        a, symbol, b = inner[at - 1:at + 2]
+        value = a * b if symbol == "*" else a + b if symbol == "+" else a - b
+        inner = inner[:at - 1] + (value,) + inner[at + 2:]
     if len(inner) == 1 and start:  # the bracket holds a single number now: drop it
         return tokens[:start - 1] + inner + tokens[end + 1:]
     return tokens[:start] + inner + tokens[end:]
@@ -179,10 +201,9 @@ def evaluate(tokens, values=None):
     return tokens[0]
 
 
-def needed_nodes(nodes, target):
-    """Names of the nodes that `target` depends on, itself included, parents before children."""
-    order, state = [], {}
-    stack = [target]
+def needed_nodes(nodes, *targets):
+    """Names of the nodes that `targets` depend on, themselves included, parents before children."""
+    order, state, stack = [], {}, list(reversed(targets))
     while stack:
         name = stack[-1]
         if state.get(name) == "done":
@@ -256,6 +277,11 @@ def implied_nodes(categories, edges):
 
 
 # ---------------------------------------------------------------------------------- dependency graph
+def listed(names):
+    """("A", "B", "C") -> "A, B and C"."""
+    return " and ".join(part for part in (", ".join(names[:-1]), *names[-1:]) if part)
+
+
 class Rule(NamedTuple):
     """What one premise says: [constant] [more than | times] [a quantity | the sum of ... | the difference of ...]"""
     constant: object  # int or None
@@ -272,11 +298,8 @@ class Rule(NamedTuple):
         return (self.constant, "*") + (("(",) + body + (")",) if self.kind else body)
 
     def text(self):
-        body = self.parents[0] if len(self.parents) == 1 else ", ".join(self.parents[:-1]) + f" and {self.parents[-1]}" \
-            if self.parents else ""
-        if self.kind:
-            body = f"the {self.kind} of {body}"
-        return " ".join(part for part in (str(self.constant) if self.constant is not None else "", self.link, body) if part)
+        body = f"the {self.kind} of {listed(self.parents)}" if self.kind else listed(self.parents)
+        return " ".join(part for part in ("" if self.constant is None else str(self.constant), self.link, body) if part)
 
 
 def draw_rule(rng, parents, constant):
@@ -289,27 +312,35 @@ def draw_rule(rng, parents, constant):
 def draw_needed(rng, edges, implied, ops):
     """The part of the dependency graph that the answer needs -> (order, {instance: (parents, constant)}) or None.
 
-    In stages: (1) implied quantities with all that they rest on, (2) more instance parameters, (3) an order,
-    drawn from the target backwards so that every node serves a later one, (4) in-degrees raised until the
-    operations are exactly `ops`. In-degree at most 4."""
-    instances = [quantity(*edge) for edge in edges]
+    In stages: (1) implied quantities with all that they rest on, (2) more instance parameters, (3) an order with
+    the edges that it takes, (4) in-degrees raised until the operations are exactly `ops`."""
     limit = rng.randint((ops + 1) // 2, ops)  # what stages 1 and 2 may spend; stage 4 spends the rest
+    needed, spent = choose_needed(rng, [quantity(*edge) for edge in edges], implied, limit)
+    ordered = order_needed(rng, needed, implied, ops, spent)
+    return ordered and raise_degrees(rng, *ordered, ops)
+
+
+def choose_needed(rng, instances, implied, limit):
+    """Stages 1 and 2 -> (quantities, operations they cost at least)."""
     needed, spent = {}, 0
+    described = {q: Node(q, (0,), "") for q in instances}
     for name in rng.sample(list(implied), rng.randint(0, min(3, len(implied)))):
-        extra = [q for q in needed_nodes({**implied, **{i: Node(i, (0,), "") for i in instances}}, name) if q not in needed]
+        extra = [q for q in needed_nodes(implied | described, name) if q not in needed]
         cost = sum(implied[q].operations if q in implied else 1 for q in extra)
         if spent + cost <= limit:
             needed.update(dict.fromkeys(extra))
             spent += cost
     free = [q for q in instances if q not in needed]
-    for q in rng.sample(free, min(len(free), max(limit - spent, 0 if needed else 1))):
-        needed[q] = None
-        spent += 1
+    more = rng.sample(free, min(len(free), max(limit - spent, 0 if needed else 1)))
+    return [*needed, *more], spent + len(more)
 
-    # (3) Backwards. `users`: implied quantities that rest on q and are not placed yet.
-    users = Counter(p for q in needed if q in implied for p in implied[q].parents)
-    served, parents, reverse = set(), {q: [] for q in needed if q not in implied}, []
-    waiting = list(needed)
+
+def order_needed(rng, waiting, implied, ops, spent):
+    """Stage 3: an order drawn from the target backwards, so that every quantity serves a later one.
+
+    -> (order, {instance: parents}, operations spent), or None where a quantity finds nothing to serve."""
+    users = Counter(p for q in waiting if q in implied for p in implied[q].parents)  # implied ones not placed yet
+    served, parents, reverse = set(), {q: [] for q in waiting if q not in implied}, []
     while waiting:
         open_slots = [q for q in reverse if q in parents and (len(parents[q]) < 2 or (len(parents[q]) < 3 and spent < ops))]
         ready = [q for q in waiting if not users[q] and (q in served or open_slots or not reverse)]
@@ -325,9 +356,13 @@ def draw_needed(rng, edges, implied, ops):
             served.add(p)
         reverse.append(q)
         waiting.remove(q)
-    order = reverse[::-1]
+    return reverse[::-1], parents, spent
 
-    # (4) A node with in-degree 1 takes a second edge at no cost; every further one costs an operation.
+
+def raise_degrees(rng, order, parents, spent, ops):
+    """Stage 4 -> (order, {instance: (parents, constant)}) with exactly `ops` operations, in-degree at most 4, or None.
+
+    A node with in-degree 1 takes a second edge at no cost; every further one costs an operation."""
     constant = {q: not parents[q] for q in parents}
     place = {q: i for i, q in enumerate(order)}
     growing = [q for q in parents if place[q] > 0]
@@ -354,7 +389,7 @@ def draw_needed(rng, edges, implied, ops):
 def draw_redundant(rng, edges, implied, order):
     """Rules for the instance parameters that the answer does not need, so that all are described."""
     pool, rules = list(order), {}
-    rest = [q for q in map(lambda e: quantity(*e), edges) if q not in order]
+    rest = [q for q in (quantity(*edge) for edge in edges) if q not in order]
     for q in rng.sample(rest, len(rest)):
         degree = rng.choice((0, 1, 1, 2, 2, 3)) if pool else 0
         chosen = rng.sample(pool, min(degree, len(pool)))
@@ -377,25 +412,38 @@ def draw_problem(rng, ops=(15, 20), max_answer=1000, max_value=None, size=None):
         return "no graph with so many operations"
     order, drawn = graph
     rules = {q: draw_rule(rng, *drawn[q]) for q in drawn}
-    values = {}  # numbers before words: most rejected draws never become text
-    for q in order:
-        values[q] = evaluate(rules[q].formula() if q in rules else implied[q].formula, values)
-        if max_value and abs(values[q]) >= max_value:
-            return "a value too large"
-    answer = values[order[-1]]
-    if abs(answer) >= max_answer:
-        return "answer too large"
+    # Numbers before words: most rejected draws never become text.
+    values = solve({q: rules[q].formula() if q in rules else implied[q].formula for q in order})
+    if reason := too_large(values, order[-1], max_answer, max_value):
+        return reason
     rules.update(draw_redundant(rng, edges, implied, order))
     nodes = {q: Node(q, rule.formula(), rule.text()) for q, rule in rules.items()}
-    mentioned = [p for node in nodes.values() for p in node.parents] + order
-    for p in mentioned:  # `mentioned` grows: an implied quantity can rest on implied ones
-        if p in implied and p not in nodes:
-            nodes[p] = implied[p]
-            mentioned += implied[p].parents
-    problem = Problem("", answer, order[-1], nodes, ops=wanted, categories=categories)
-    problem.question = write_question(problem, rng)
-    problem.response = write_vanilla(problem, order, rng)
-    return problem
+    add_implied(nodes, implied, order)
+    return finish(Problem("", values[order[-1]], order[-1], nodes, ops=wanted, categories=categories), order, rng)
+
+
+def solve(formulas):
+    """{name: formula}, parents before children -> {name: value}."""
+    values = {}
+    for name, formula in formulas.items():
+        values[name] = evaluate(formula, values)
+    return values
+
+
+def too_large(values, target, max_answer, max_value):
+    """Why a draw with these values is rejected, or ""."""
+    if max_value and any(abs(value) >= max_value for value in values.values()):
+        return "a value too large"
+    return "answer too large" if abs(values[target]) >= max_answer else ""
+
+
+def add_implied(nodes, implied, wanted=()):
+    """Add to `nodes` the implied quantities that `wanted` or a premise names. Raises KeyError for one that is neither."""
+    mentioned = [p for node in nodes.values() for p in node.parents] + list(wanted)
+    for name in mentioned:  # it grows on the way: an implied quantity can rest on implied ones
+        if name not in nodes:
+            nodes[name] = implied[name]
+            mentioned += implied[name].parents
 
 
 # ---------------------------------------------------------------------------------------------- text
@@ -404,18 +452,26 @@ QUESTION = "How many {item} does each {owner} have?"
 OPENINGS = ("- Let {x} be the number of {name}.",
             "- The number of {name} is written {x}.",
             "- Now call the number of {name} {x}.")
-RETURN = "- Back to the number of {name}, already named {x}."
 LINKS = ("Then", "So")
 ANALYSIS = "It equals {text}."
 REFLECTION = "But {missing} must be known first, so {x} has to wait."
 ANSWER = "</think>\n<answer>\nThe final answer is \\boxed{{{value}}}.\n</answer>"
 
 
-def write_question(problem, rng):
-    lines = [PREMISE.format(name=n.name, text=n.text) for n in problem.nodes.values() if n.text]
+def ask(target):
+    owner, item = target.removeprefix("each ").split("'s ")
+    return QUESTION.format(item=item, owner=owner)
+
+
+def finish(problem, order, rng):
+    """Put a drawn problem into words: the question, and the vanilla answer that takes its steps in this order."""
+    words = TASKS[problem.task]
+    lines = [words.premise.format(name=n.name, text=n.text) for n in problem.nodes.values() if n.text]
     rng.shuffle(lines)
-    owner, item = problem.target.removeprefix("each ").split("'s ")
-    return "\n".join(lines + [QUESTION.format(item=item, owner=owner)])
+    problem.question = "\n".join([*lines, words.ask(problem.target)])
+    letters = rng.sample(words.alphabet, len(order)) if words.alphabet else order
+    problem.response = write_response(problem, [open_step(problem, q, x, rng) for q, x in zip(order, letters)])
+    return problem
 
 
 class Step(NamedTuple):
@@ -424,20 +480,22 @@ class Step(NamedTuple):
     letter: str
     head: str               # "- Let x be the number of each Old Barn's Crate."
     link: str = "Then"
-    analysis: bool = False  # restate the premise before the equation
+    analysis: object = False  # restate the premise before the equation; when read, what was restated
     subgoal: bool = False   # one operation per "="
     missing: tuple = ()
+    equation: str = ""      # as it was read: "x = 5 + y = 5 + 3 = 8"
+
+
+def new_letter(problem, node, taken, rng):
+    """A letter for a node that has none yet, or None where all are taken."""
+    free = [x for x in TASKS[problem.task].alphabet or [node] if x not in taken]
+    return rng.choice(free) if free else None
 
 
 def open_step(problem, node, letter, rng):
     """A step on `node` in one of the wordings."""
-    return Step(node, letter, rng.choice(OPENINGS).format(x=letter, name=node), rng.choice(LINKS))
-
-
-def write_vanilla(problem, order, rng):
-    """The unaugmented answer: one step for each needed node, in the drawn order."""
-    letters = rng.sample(LETTERS, len(order))
-    return write_response(problem, [open_step(problem, q, x, rng) for q, x in zip(order, letters)])
+    words = TASKS[problem.task]
+    return Step(node, letter, rng.choice(words.openings).format(x=letter, name=node), rng.choice(words.links))
 
 
 def show(tokens):
@@ -447,24 +505,24 @@ def show(tokens):
 
 def write_response(problem, steps):
     """Steps -> the whole assistant turn (`<think>` ... `</answer>`)."""
-    letters = {s.node: s.letter for s in steps}
-    values, lines = {}, []
+    words, letters, values, lines = TASKS[problem.task], {s.node: s.letter for s in steps}, {}, []
     for step in steps:
         node, parts = problem.nodes[step.node], [step.head]
         if step.analysis:
-            parts.append(ANALYSIS.format(text=node.text))
+            parts.append(words.analysis.format(name=node.name, text=node.text))
         if step.missing:
-            names = ", ".join(step.missing[:-1]) + " and " * (len(step.missing) > 1) + step.missing[-1]
-            parts.append(REFLECTION.format(missing=names, x=step.letter))
+            parts.append(words.reflection.format(missing=listed(step.missing), x=step.letter))
         else:
             numbers = tuple(values.get(t, t) for t in node.formula)
-            sides = [step.letter, show(letters.get(t, t) for t in node.formula), show(numbers)]
+            sides = [step.letter, show(letters.get(t, t) for t in node.formula)]
+            if step.subgoal or words.numbers:
+                sides.append(show(numbers))
             while step.subgoal and len(numbers) > 1:
                 numbers = reduce_once(numbers)
                 sides.append(show(numbers))
             values[step.node] = evaluate(numbers)
             sides.append(str(values[step.node]))
-            parts.append(f"{step.link} {' = '.join(dict.fromkeys(sides))}.")
+            parts.append(f"{step.link} {' = '.join(dict.fromkeys(sides))}{words.stop}".lstrip())
         lines.append(" ".join(parts))
     return "\n".join(["<think>", *lines, ANSWER.format(value=problem.answer)])
 
@@ -473,8 +531,9 @@ def write_response(problem, steps):
 def name_pattern(categories):
     """A regular expression for the quantities that these names can form: "each <item>'s <item or category>"."""
     longest = lambda names: "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
-    items = [item for names in categories.values() for item in names]
-    return rf"each (?:{longest(items)})'s (?:{longest([*items, *categories])})(?![A-Za-z])"
+    layers = list(categories.values())
+    owners, owned = sum(layers[1:], []), sum(layers[:-1], list(categories)[:-1])
+    return re.compile(rf"each (?:{longest(owners)})'s (?:{longest(owned)})(?![A-Za-z])")
 
 
 def find_categories(question):
@@ -482,18 +541,39 @@ def find_categories(question):
     for world in WORLDS:
         found = {c: [i for group in groups for i in group if re.search(rf"\b{i}\b", question)] for c, groups in world.items()}
         found = {c: items for c, items in found.items() if items}
-        if len(found) > 1 and re.search(name_pattern(found), question):
+        if len(found) > 1 and name_pattern(found).search(question):
             return found
     raise ValueError("line 1: the names are not ours; give the question's categories as well")
 
 
 def read_rule(text, pattern):
     """The text after "equals" -> Rule, or None where it breaks the premise grammar."""
-    match = re.match(r"(?:(\d+)(?: (more than|times) )?)?(?:the (sum|difference) of )?", text)
-    parents = tuple(re.findall(pattern, text))
+    match = re.match(r"(?:([0-9]{1,99})(?: (more than|times) )?)?(?:the (sum|difference) of )?", text)
+    parents = tuple(pattern.findall(text))
     rule = Rule(int(match[1]) if match[1] else None, match[2] or "", match[3] or "", parents)
-    counts = {"": parents[1:] == (), "difference": len(parents) == 2, "sum": len(parents) >= 2}[rule.kind]
-    return rule if counts and rule.text() == text else None
+    right_count = {"": len(parents) <= 1, "difference": len(parents) == 2, "sum": len(parents) >= 2}[rule.kind]
+    linked = bool(rule.link) == (rule.constant is not None and bool(parents))
+    return rule if right_count and linked and rule.text() == text else None
+
+
+def read_premise(line, pattern):
+    """A premise -> Node, or None."""
+    match = re.fullmatch(rf"The number of ({pattern.pattern}) equals (.+)\.", line)
+    rule = match and read_rule(match[2], pattern)
+    return rule and Node(match[1], rule.formula(), match[2])
+
+
+def read_asked(line):
+    """The question line -> the name of the quantity that is asked for, or None."""
+    match = re.fullmatch(r"How many (.+) does each (.+) have\?", line)
+    return match and quantity(match[2], match[1])
+
+
+def read_implied(nodes, categories):
+    """What the structure graph implies that these described quantities span."""
+    layers = list(categories.values())
+    edges = [(o, i) for lower, upper in zip(layers, layers[1:]) for o in upper for i in lower if quantity(o, i) in nodes]
+    return implied_nodes(categories, edges)
 
 
 def read_question(question, categories=None):
@@ -501,109 +581,91 @@ def read_question(question, categories=None):
 
     categories: {category: [items]}, lowest layer first; None: found among our own names. Raises ValueError
     naming the line where the text breaks the grammar, contradicts itself, or leaves a quantity undefined."""
-    categories = categories or find_categories(question)
-    pattern = name_pattern(categories)
     *premises, asked = question.strip("\n").split("\n")
-    nodes = {}
+    task = next((name for name, words in TASKS.items() if words.read_asked(asked)), "igsm")
+    words, nodes = TASKS[task], {}
+    if task == "igsm" and not categories:
+        categories = find_categories(question)
+    pattern = words.names(categories)
     for number, line in enumerate(premises, 1):
-        match = re.fullmatch(rf"The number of ({pattern}) equals (.+)\.", line)
-        rule = match and read_rule(match[2], pattern)
-        if not rule:
+        node = words.read_premise(line, pattern)
+        if not node:
             raise ValueError(f"line {number}: not a premise over the problem's names: '{line[:200]}'")
-        if match[1] in nodes:
-            raise ValueError(f"line {number}: '{match[1]}' is defined twice")
-        nodes[match[1]] = Node(match[1], rule.formula(), match[2])
-    last = f"line {len(premises) + 1}"
-    match = re.fullmatch(r"How many (.+) does each (.+) have\?", asked)
-    if not match or not re.fullmatch(pattern, quantity(match[2], match[1])):
-        raise ValueError(f"{last}: the question asks for something that the problem's names do not form: '{asked[:200]}'")
-    target = quantity(match[2], match[1])
-    edges = [tuple(name.removeprefix("each ").split("'s ", 1)) for name in nodes]
-    if any(owner not in itemlist for owner, _ in edges for itemlist in [sum(categories.values(), [])]):
-        items = sum(categories.values(), [])  # a name with an apostrophe of its own: split where both halves are names
-        edges = [next((o, name[len(f"each {o}'s "):]) for o in items
-                      if name.startswith(f"each {o}'s ") and name[len(f"each {o}'s "):] in items) for name in nodes]
-    implied = implied_nodes(categories, edges)
-    mentioned = [p for node in nodes.values() for p in node.parents] + [target]
-    for name in mentioned:
-        if name in nodes:
-            continue
-        if name not in implied:
-            where = next((i for i, line in enumerate(premises + [asked], 1) if name in line), len(premises) + 1)
-            raise ValueError(f"line {where}: '{name}' is neither described nor implied")
-        nodes[name] = implied[name]
-        mentioned += implied[name].parents
+        if node.name in nodes:
+            raise ValueError(f"line {number}: '{node.name}' is defined twice")
+        nodes[node.name] = node
+    last, target = f"line {len(premises) + 1}", words.read_asked(asked)
+    if not target:
+        raise ValueError(f"{last}: not a question: '{asked[:200]}'")
     try:
-        for name in nodes:
-            needed_nodes(nodes, name)
-        order = needed_nodes(nodes, target)
+        add_implied(nodes, words.read_implied(nodes, categories), [target])
+    except KeyError as missing:
+        where = next((i for i, line in enumerate(premises, 1) if missing.args[0] in line), last[5:])
+        raise ValueError(f"line {where}: '{missing.args[0]}' is neither described nor implied") from None
+    try:
+        order = needed_nodes(nodes, *nodes)
     except ValueError as error:
         raise ValueError(f"{last}: the premises run in a circle: {error}") from None
-    return Problem(question, solve(nodes, target)[target], target, nodes, categories=categories,
-                   ops=sum(nodes[q].operations for q in order))
-
-
-def solve(nodes, target):
-    """The values of all nodes that `target` needs: {name: int}."""
     values = {}
-    for name in needed_nodes(nodes, target):
+    for name in order:
         values[name] = evaluate(nodes[name].formula, values)
-    return values
+        if abs(values[name]) >= LARGEST:
+            raise ValueError(f"{last}: '{name}' grows beyond 10^100")
+    ops = sum(nodes[q].operations for q in needed_nodes(nodes, target))
+    return Problem(question, values[target], target, nodes, ops=ops, categories=categories or {}, task=task)
 
 
 # ------------------------------------------------------------------------------------ checking an answer
-class Line(NamedTuple):
-    """A step line taken apart: which node, which letter, what it restates, its equation, what it misses."""
-    node: str
-    letter: str
-    head: str
-    link: str
-    analysis: str    # the restated premise or ""
-    equation: str    # "x = 5 + y = 5 + 3 = 8" or ""
-    missing: tuple   # quantities that a reflection names
-
-
 def read_line(text, pattern):
-    """One line starting with "- " -> Line, or None. Works for our wording and for the released generator's."""
+    """One line starting with "- " -> Step, or None. Works for our wording and for the released generator's."""
     names = []
 
     def mask(match):  # quantities leave the text first: names may hold letters, dots and spaces
         names.append(match[0])
         return f"<{len(names) - 1}>"
-    unmask = lambda s: re.sub(r"<(\d+)>", lambda m: names[int(m[1])], s)
-    masked = re.sub(pattern, mask, text)
-    if not names or "<0>" not in masked or re.search(r"<\d+>", text):
+
+    def unmask(text):
+        return re.sub(r"<([0-9]+)>", lambda match: names[int(match[1])], text)
+
+    masked = pattern.sub(mask, text)
+    if not names or re.search(r"<[0-9]+>", text):
         return None
-    sentences = re.split(r"(?<=\.) ", masked)
-    head, link, analysis, equation, missing = [], "", "", "", ()
-    for i, sentence in enumerate(sentences):
+    first, *sentences = re.split(r"(?<=\.) ", masked)
+    head, link, analysis, equation, missing = [first], "", "", "", ()
+    for i, sentence in enumerate(sentences, 1):
         match = re.fullmatch(r"(?:(.*?) )?([A-Za-z] = [^=].*)\.", sentence)
-        if i and match and i == len(sentences) - 1:
+        if match and i == len(sentences):
             link, equation = match[1] or "", match[2]
-        elif i and (match := re.fullmatch(r".*\b[Ii]t equals (.+)\.", sentence)):
+        elif match := re.fullmatch(r".*\b[Ii]t equals (.+)\.", sentence):
             analysis = unmask(match[1])
-        elif i and "<" in sentence:
-            missing = tuple(names[int(k)] for k in re.findall(r"<(\d+)>", sentence))
+        elif "<" in sentence:
+            missing = tuple(names[int(k)] for k in re.findall(r"<([0-9]+)>", sentence))
         else:
             head.append(sentence)
     letters = re.findall(r"(?<![\w'<])([A-Za-z])(?![\w'>])", " ".join(head))
     letter = equation[:1] or (letters[0] if letters else "")
     if not letter or (letters and letters[0] != letter) or bool(equation) == bool(missing):
         return None
-    return Line(names[0], letter, unmask(" ".join(head)), link, analysis, equation, missing)
+    return Step(names[0], letter, unmask(" ".join(head)), link, analysis, equation.count(" = ") > 3, missing, equation)
+
+
+def read_lines(problem, response):
+    """(line number, Step or None) for each step line before </think>; None: it starts like a step but is none."""
+    words = TASKS[problem.task]
+    pattern = words.names(problem.categories)
+    for number, text in enumerate(response.partition("</think>")[0].split("\n"), 1):
+        if text.startswith(words.step):  # a line of many thousand characters is no step and would take long to search
+            yield number, words.read_line(text, pattern) if len(text) <= 5000 else None
 
 
 def read_steps(problem, response):
     """The steps of an answer, ready to be edited and handed to `write_response`. Raises ValueError with the line."""
-    pattern, steps = name_pattern(problem.categories), []
-    for number, text in enumerate(response.split("\n"), 1):
-        if text.startswith("- "):
-            line = read_line(text, pattern)
-            if line is None or line.node not in problem.nodes:
-                raise ValueError(f"line {number}: not a step: '{text[:200]}'")
-            formula = problem.nodes[line.node].formula
-            steps.append(Step(line.node, line.letter, line.head, line.link, bool(line.analysis),
-                              line.equation.count(" = ") > 2 + (len(formula) > 1), line.missing))
+    steps = []
+    for number, step in read_lines(problem, response):
+        if step is None or step.node not in problem.nodes:
+            line = response.split("\n")[number - 1]
+            raise ValueError(f"line {number}: not a step: '{line[:200]}'")
+        steps.append(step)
     return steps
 
 
@@ -620,7 +682,7 @@ class Report:
     steps: int = 0
     reflections: int = 0
     analyses: int = 0
-    subgoals: int = 0   # steps whose equation carries out one operation per "=", two operations at least
+    subgoals: int = 0   # steps whose equation carries out one operation per "=", beyond what the plain one writes
     redundant: int = 0  # steps that the answer does not need
 
     @property
@@ -628,10 +690,14 @@ class Report:
         return self.error is None
 
 
+class Mistake(Exception):
+    """Mistake(kind, reason): what ends a check."""
+
+
 def read_side(text):
     """One side of an equation as tokens ("9 * (0 - 3)" -> (9, "*", "(", 0, "-", 3, ")")), or None if malformed."""
     spaced = text.replace("(", "( ").replace(")", " )").split(" ")
-    tokens = tuple(int(t) if re.fullmatch(r"-?[0-9]{1,12}", t) else t for t in spaced)
+    tokens = tuple(int(t) if re.fullmatch(r"-?[0-9]{1,100}", t) else t for t in spaced)
     depth, operand = 0, True  # operand: an operand (or an opening bracket) must come next
     for t in tokens:
         if t in ("+", "-", "*", ")"):
@@ -639,104 +705,118 @@ def read_side(text):
             if operand or depth < 0:
                 return None
             operand = t != ")"
-        elif not operand or not (t == "(" or isinstance(t, int) or (len(t) == 1 and t in LETTERS)):
+        elif not operand or not (t == "(" or isinstance(t, int) or re.fullmatch("[A-Za-z]+", t)):
             return None
         else:
             depth += t == "("
             operand = t == "("
-    return tokens if not depth and not operand else None
+    return tokens if not depth and not operand and len(tokens) < 100 else None  # longer ones take long to evaluate
 
 
-def same_function(a, b, rng=Random(0)):
+def same_function(a, b):
     """Whether two formulas agree as functions of their names (at two random points: chance of error < 1e-15)."""
-    names = {t for t in a + b if isinstance(t, str) and t not in "+-*()"}
+    rng, names = Random(0), sorted({t for t in a + b if isinstance(t, str) and t not in SYMBOLS})
     points = [{name: rng.getrandbits(60) for name in names} for _ in range(2)]
     return all(evaluate(a, point) == evaluate(b, point) for point in points)
 
 
+def check_equation(node, equation, letters, values, numbered, subgoal):
+    """The equation of a step on `node` -> (its value, whether it computes a subgoal). Raises Mistake.
+
+    letters, values: name -> letter, name -> value of what is known; numbered: whether a plain equation of this task
+    shows the numbers that it adds up."""
+    sides = [read_side(side) for side in equation.split(" = ")]
+    if None in sides or len(sides) < 2 or not isinstance(sides[-1][0], int) or len(sides[-1]) > 1:
+        raise Mistake("format", "the equation cannot be read")
+    solved = {letters[name]: name for name in values}
+    formula = tuple(solved.get(t, t) for t in sides[1])
+    used = {t for t in formula if isinstance(t, str)} - set(SYMBOLS)
+    for t in formula:
+        if t in used and t not in values:
+            raise Mistake("format", f"the letter {t} has no value")
+    if used != set(node.parents) or not same_function(formula, node.formula):
+        raise Mistake("retrieval", f"{show(sides[1])} is not what the problem says of '{node.name}'")
+    numbers = sides[2:] if used else sides[1:]
+    if not numbers or any(isinstance(t, str) and t not in SYMBOLS for side in numbers for t in side):
+        raise Mistake("format", "letters and numbers are mixed")
+    if len(numbers) > 1 and numbers[0] != tuple(values.get(t, t) for t in formula):
+        raise Mistake("retrieval", "the numbers are not the values of the letters")
+    truth = evaluate(node.formula, values)
+    for side in numbers:
+        if evaluate(side) != truth:
+            raise Mistake("arithmetic", f"{show(side)} is not {truth}")
+    left = [sum(t in ("+", "-", "*") for t in side) for side in numbers]  # operations left to do on each side
+    single = all(a - b == 1 for a, b in zip(left, left[1:])) and left[0] == sum(t in ("+", "-", "*") for t in formula)
+    if subgoal and not single:
+        raise Mistake("arithmetic", "more than one operation in an equality")
+    return truth, single and len(left) > 1 + numbered
+
+
+def check_line(problem, line, letters, values):
+    """Everything about a step but its equation. Raises Mistake."""
+    if line is None:
+        raise Mistake("format", "the line is not a step")
+    if line.node not in problem.nodes:
+        raise Mistake("retrieval", f"the problem does not define '{line.node}'")
+    node = problem.nodes[line.node]
+    if letters.get(node.name, line.letter) != line.letter:
+        raise Mistake("format", f"'{node.name}' was called {letters[node.name]} before")
+    if node.name not in letters and line.letter in letters.values():
+        raise Mistake("format", f"the letter {line.letter} is taken")
+    if line.analysis and line.analysis != node.text:
+        raise Mistake("retrieval", f"this is not the premise of '{node.name}'")
+    locked = [p for p in node.parents if p not in values]
+    if line.missing and not locked:
+        raise Mistake("order", f"a reflection on '{node.name}', which can be solved")
+    if line.missing and set(line.missing) != set(locked):
+        raise Mistake("order", f"the reflection names other quantities than the unsolved parents of '{node.name}'")
+    if not line.missing and node.name in values:
+        raise Mistake("order", f"'{node.name}' is solved already")
+    if not line.missing and locked:
+        raise Mistake("order", f"'{node.name}' comes before '{locked[0]}', which it needs")
+
+
 def check_trace(problem, response, subgoal=False):
-    """Walk an answer step by step -> Report with the first fault or the counts.
+    """Walk an answer step by step -> Report with the first fault or the counts. Never raises, whatever the response.
 
     Every "=" is true; letters are new, known and consistent; a node comes after its parents; a reflection stands
     on a locked node and names parents that are unsolved, all of them and only those; an analysis restates that
     node's own premise; with `subgoal`, each "=" carries out one operation; the target is the last step; the
     boxed answer is right."""
-    report, pattern = Report(), name_pattern(problem.categories)
+    if not problem.nodes:  # it comes from a file and was read without its graph
+        try:
+            problem = replace(read_question(problem.question, problem.categories), answer=problem.answer)
+        except ValueError as error:
+            return Report(Fault(0, "format", f"the question cannot be read: {error}"))
+    report, words, number = Report(), TASKS[problem.task], 0
     needed = set(needed_nodes(problem.nodes, problem.target))
     letters, values, last = {}, {}, None
-
-    def fault(kind, reason):
-        report.error = Fault(number, kind, reason)
-        return report
-
-    for number, text in enumerate(response.split("\n"), 1):
-        if not text.startswith("- "):
-            continue
-        line = read_line(text, pattern)
-        if line is None:
-            return fault("format", "the line is not a step")
-        if line.node not in problem.nodes:
-            return fault("retrieval", f"the problem does not define '{line.node}'")
-        node = problem.nodes[line.node]
-        if letters.get(node.name, line.letter) != line.letter:
-            return fault("format", f"'{node.name}' was called {letters[node.name]} before")
-        if line.letter in letters.values() and node.name not in letters:
-            return fault("format", f"the letter {line.letter} is taken")
-        letters[node.name] = line.letter
-        if line.analysis and line.analysis != node.text:
-            return fault("retrieval", f"this is not the premise of '{node.name}'")
-        report.analyses += bool(line.analysis)
-        locked = [p for p in node.parents if p not in values]
-        if line.missing:
-            if not locked:
-                return fault("order", f"a reflection on '{node.name}', which can be solved")
-            if set(line.missing) != set(locked):
-                return fault("order", f"the reflection names other quantities than the unsolved parents of '{node.name}'")
-            report.reflections += 1
-            continue
-        if node.name in values:
-            return fault("order", f"'{node.name}' is solved already")
-        if locked:
-            return fault("order", f"'{node.name}' comes before '{locked[0]}', which it needs")
-        sides = [read_side(side) for side in line.equation.split(" = ")]
-        if None in sides or len(sides) < 2 or not isinstance(sides[-1][0], int) or len(sides[-1]) > 1:
-            return fault("format", "the equation cannot be read")
-        solved = {letters[q]: q for q in values}
-        formula = tuple(solved.get(t, t) for t in sides[1])
-        used = [t for t in formula if isinstance(t, str) and t not in "+-*()"]
-        unknown = [t for t in used if t not in values]
-        if unknown:
-            return fault("format", f"the letter {unknown[0]} has no value")
-        if set(used) != set(node.parents) or not same_function(formula, node.formula):
-            return fault("retrieval", f"{show(sides[1])} is not what the problem says of '{node.name}'")
-        numbers = sides[2:] if used else sides[1:]
-        if any(isinstance(t, str) and t in LETTERS for side in numbers for t in side) or not numbers:
-            return fault("format", "letters and numbers are mixed")
-        if len(numbers) > 1 and numbers[0] != tuple(values.get(t, t) for t in formula):
-            return fault("retrieval", "the numbers are not the values of the letters")
-        truth = evaluate(node.formula, values)
-        for side in numbers:
-            if evaluate(side) != truth:
-                return fault("arithmetic", f"{show(side)} is not {truth}")
-        operations = [sum(t in ("+", "-", "*") for t in side) for side in numbers]
-        single = all(a - b == 1 for a, b in zip(operations, operations[1:]))
-        if subgoal and (not single or operations[-1] or operations[0] != sum(t in ("+", "-", "*") for t in formula)):
-            return fault("arithmetic", "more than one operation in an equality")
-        report.subgoals += single and len(operations) > 2
-        report.steps += 1
-        report.redundant += node.name not in needed
-        values[node.name] = truth
-        last = node.name
-    if last != problem.target:
-        return fault("order", "the last step is not the quantity that is asked for")
-    if read_answer(response) is None:
-        return fault("format", "no single boxed integer inside <answer> after </think>")
-    if read_answer(response) != problem.answer:
-        return fault("answer", f"the boxed answer is not {problem.answer}")
+    try:
+        for number, line in read_lines(problem, response):
+            check_line(problem, line, letters, values)
+            letters[line.node] = line.letter
+            report.analyses += bool(line.analysis)
+            if line.missing:
+                report.reflections += 1
+                continue
+            node, last = problem.nodes[line.node], line.node
+            values[last], single = check_equation(node, line.equation, letters, values, words.numbers, subgoal)
+            report.steps += 1
+            report.subgoals += single
+            report.redundant += last not in needed
+        number = response.count("\n") + 1
+        if last != problem.target:
+            raise Mistake("order", "the last step is not the quantity that is asked for")
+        if read_answer(response) is None:
+            raise Mistake("format", "no single boxed integer inside <answer> after </think>")
+        if read_answer(response) != problem.answer:
+            raise Mistake("answer", f"the boxed answer is not {problem.answer}")
+    except Mistake as mistake:
+        report.error = Fault(number, *mistake.args)
     return report
 
 
-BOXED = re.compile(r"\\boxed\{(-?[0-9]{1,18})\}")
+BOXED = re.compile(r"\\boxed\{(-?[0-9]{1,100})\}")
 
 
 def read_answer(response):
@@ -762,8 +842,109 @@ def reward(response, answer):
     return float(read_answer(response) == answer)
 
 
+# ------------------------------------------------------------------------- the second task: PromptBench
+# A tree: each inner node adds, subtracts or multiplies two nodes or squares one; every leaf is given. A redundancy
+# unit is a separate tree of two levels. Names serve as letters, and the equation goes straight to its value:
+# writing out the numbers in between is what subgoal computation adds.
+OPERATIONS = {"+": "adding together the value of {a} and {b}",
+              "-": "subtracting the value of {b} from the value of {a}",
+              "*": "multiplying together the value of {a} and {b}",
+              "square": "squaring the value that {a} has"}
+NAMES = ["".join(letters) for letters in product("abcdefgh", repeat=3)]  # none of them is a word of the templates
+
+
+def draw_tree(rng, depth, names, nodes):
+    """Add a random tree with `depth` levels to `nodes`, parents first -> the name of its root."""
+    name = names.pop()
+    if depth == 1:
+        value = rng.randint(1, 10)
+        nodes[name] = Node(name, (value,), f"The value of {name} is {value}")
+        return name
+    operation = rng.choice(list(OPERATIONS))
+    a = draw_tree(rng, depth - 1, names, nodes)
+    b = a if operation == "square" else draw_tree(rng, depth - 1, names, nodes)
+    text = f"{name} gets its value by {OPERATIONS[operation].format(a=a, b=b)}"
+    nodes[name] = Node(name, (a, "*" if operation == "square" else operation, b), text)
+    return name
+
+
+def draw_promptbench(rng, depth=4, redundancy=(0, 8), max_answer=1000, max_value=None):
+    """One draw -> a Problem, or a string that says why the draw was rejected."""
+    names, nodes, extra = rng.sample(NAMES, len(NAMES)), {}, rng.randint(*redundancy)
+    target = draw_tree(rng, depth, names, nodes)
+    values, order = solve({name: node.formula for name, node in nodes.items()}), list(nodes)
+    if reason := too_large(values, target, max_answer, max_value):
+        return reason
+    for _ in range(extra):
+        draw_tree(rng, 2, names, nodes)
+    return finish(Problem("", values[target], target, nodes, task="promptbench", depth=depth, redundancy=extra,
+                          ops=sum(nodes[name].operations for name in order)), order, rng)
+
+
+def read_promptbench_premise(line, pattern):
+    """A premise -> Node, or None."""
+    if match := re.fullmatch(rf"The value of ({pattern}) is (-?[0-9]{{1,99}})\.", line):
+        return Node(match[1], (int(match[2]),), line[:-1])
+    for operation, text in OPERATIONS.items():
+        form = text.format(a=f"(?P<a>{pattern})", b=f"(?P<b>{pattern})")
+        if match := re.fullmatch(rf"({pattern}) gets its value by {form}\.", line):
+            a, b = match["a"], match["a" if operation == "square" else "b"]
+            return Node(match[1], (a, "*" if operation == "square" else operation, b), line[:-1])
+    return None
+
+
+def read_promptbench_asked(line):
+    """The question line -> the name that is asked for, or None."""
+    match = re.fullmatch(r"What is the value of ([a-z]+)\?", line)
+    return match and match[1]
+
+
+def read_promptbench_line(text, pattern):
+    """One line starting with "Let's solve " -> Step, or None."""
+    match = re.fullmatch(rf"(Let's solve ({pattern}),)(?: given that ([^,]+),)?"
+                         rf"(?: (\2 = [^,]+)| but ({pattern})(?: and ({pattern}))? must be known first, so \2 has to wait\.)",
+                         text)
+    if not match:
+        return None
+    head, name, analysis, equation, *missing = match.groups(default="")
+    return Step(name, name, head, "", analysis, equation.count(" = ") > 2, tuple(filter(None, missing)), equation)
+
+
+class Words(NamedTuple):
+    """What one task looks like in words; everything else in this file is the same for both."""
+    draw: object
+    premise: str
+    ask: object           # target -> question line
+    step: str             # how a step line starts
+    openings: tuple
+    links: tuple
+    analysis: str
+    reflection: str
+    stop: str             # after an equation
+    numbers: bool         # whether a plain equation puts the numbers in before it gives the value
+    alphabet: str         # the letters that stand for quantities; "": the names do
+    names: object         # categories -> regular expression of a quantity
+    read_premise: object
+    read_asked: object
+    read_implied: object
+    read_line: object
+
+
+TASKS = {
+    "igsm": Words(
+        draw_problem, PREMISE, ask, "- ", OPENINGS, LINKS, ANALYSIS, REFLECTION, ".", True,
+        LETTERS, name_pattern, read_premise, read_asked, read_implied, read_line),
+    "promptbench": Words(
+        draw_promptbench, "{text}.", "What is the value of {}?".format, "Let's solve ", ("Let's solve {name},",), ("",),
+        "given that {text},", "but {missing} must be known first, so {x} has to wait.", "", False,
+        "", lambda categories: "[a-z]+", read_promptbench_premise, read_promptbench_asked, lambda nodes, categories: {},
+        read_promptbench_line),
+}
+
+
 # ------------------------------------------------------------------------------------------- many problems
 SPLITS = {"train": range(0, 60), "val": range(60, 80), "test": range(80, 100)}
+RANGES = {"ops": (1, 30), "size": (2, 30), "depth": (1, 7), "redundancy": (0, 30)}  # what may be asked for
 
 
 def fingerprint(question):
@@ -777,84 +958,111 @@ def split_of(question):
     return next(name for name, share in SPLITS.items() if fingerprint(question) % 100 in share)
 
 
+def check_options(options):
+    """Raise InputError where options of `generate` ask for what cannot be drawn."""
+    for name, (low, high) in RANGES.items():
+        given = options.get(name)
+        numbers = [given] if isinstance(given, int) else list(given or ())
+        if numbers != sorted(numbers) or not all(low <= x <= high for x in numbers):
+            raise InputError(f"--{name} {show(numbers)}: must lie in {low} ... {high}, the lower number first")
+    for name in ("max_answer", "max_value"):
+        if options.get(name) is not None and options[name] < 1:
+            raise InputError(f"--{name.replace('_', '-')} {options[name]}: must be at least 1")
+
+
 def draw_chunk(job):
-    """Draws number start ... start+63 of a seed: problems and reasons for rejection, in order."""
-    seed, start, split, options = job
+    """Draws number start ... start+63 of a seed: (fingerprint, problem) or (None, reason for rejection), in order."""
+    task, seed, start, split, options = job
     results = []
     for i in range(start, start + 64):
-        problem = draw_problem(Random(seed << 40 | i), **options)  # each draw has its own generator: any worker can make it
-        if isinstance(problem, Problem) and split and fingerprint(problem.question) % 100 not in SPLITS[split]:
-            problem = "another split"
-        results.append(problem)
+        problem = TASKS[task].draw(Random(seed << 40 | i), **options)  # a generator of its own: any worker can draw it
+        key = None if isinstance(problem, str) else fingerprint(problem.question)
+        if key is not None and split and key % 100 not in SPLITS[split]:
+            key, problem = None, "another split"
+        results.append((key, problem))
     return results
+
+
+def draw_chunks(jobs, workers):
+    """The results of draw_chunk for endless jobs, in order."""
+    if workers == 1:
+        yield from map(draw_chunk, jobs)
+    pool = ProcessPoolExecutor(workers)
+    try:
+        waiting = deque(pool.submit(draw_chunk, job) for job in islice(jobs, 4 * workers))
+        for job in jobs:
+            waiting.append(pool.submit(draw_chunk, job))
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def generate(task="igsm", ops=(15, 20), seed=0, split="train", workers=1, rejected=None, **options):
     """Endless iterator of distinct problems; same arguments, same problems, whatever `workers`.
 
-    ops: (low, high) operations; options: max_answer, max_value, size (see `draw_problem`); rejected: a Counter
-    that collects why draws were dropped. Raises InputError where nothing can be drawn."""
-    if task != "igsm":
-        raise InputError(f"task '{task}' is unknown: use igsm")
-    if not 1 <= ops[0] <= ops[1] <= 30:
-        raise InputError(f"--ops {ops[0]} {ops[1]}: give a low and a high number of operations with 1 <= low <= high <= 30")
+    ops: (low, high) operations (igsm); options: what `draw_problem` (igsm) or `draw_promptbench` takes; rejected: a
+    Counter that collects why draws were dropped. Raises InputError where nothing can be drawn."""
+    if task not in TASKS:
+        raise InputError(f"--task {task}: use {' or '.join(TASKS)}")
     if split is not None and split not in SPLITS:
         raise InputError(f"--split {split}: use {', '.join(SPLITS)}")
-    jobs = ((seed, start, split, dict(ops=tuple(ops), **options)) for start in count(0, 64))
-    seen, dry = set(), 0
-    rejected = Counter() if rejected is None else rejected
-    if workers > 1:
-        with ProcessPoolExecutor(workers) as pool:
-            window = [pool.submit(draw_chunk, next(jobs)) for _ in range(4 * workers)]
-            results = (window.pop(0).result() for _ in count() if window.append(pool.submit(draw_chunk, next(jobs))) is None)
-            yield from keep_distinct(results, seen, rejected)
-    else:
-        yield from keep_distinct(map(draw_chunk, jobs), seen, rejected)
+    options = options | ({"ops": tuple(ops)} if task == "igsm" else {})
+    check_options(options)
+    jobs = ((task, seed, start, split, options) for start in count(0, 64))
+    return keep_distinct(draw_chunks(jobs, workers), Counter() if rejected is None else rejected)
 
 
-def keep_distinct(chunks, seen, rejected):
-    dry = 0  # draws since the last problem
+def keep_distinct(chunks, rejected):
+    seen, dry = set(), 0  # dry: draws since the last problem
     for chunk in chunks:
-        for problem in chunk:
+        for key, problem in chunk:
             dry += 1
-            if isinstance(problem, str):
+            if key is None:
                 rejected[problem] += 1
-            elif (key := fingerprint(problem.question)) in seen:
+            elif key in seen:
                 rejected["a duplicate"] += 1
             else:
                 seen.add(key)
                 dry = 0
                 yield problem
-        if dry > 50_000:
+        if dry > 20_000:
             raise InputError(f"no new problem in {dry:,} draws (mostly: {rejected.most_common(1)[0][0]}): "
                              "ask for fewer problems, more operations or a larger bound")
 
 
 # --------------------------------------------------------------------------------------------- JSON lines
+SETTINGS = {"igsm": ("ops", "categories"), "promptbench": ("depth", "redundancy")}  # the fields that a task adds
+
+
 def to_record(problem):
     """Problem -> the dict that one JSON line holds."""
-    return {"id": problem.id, "task": problem.task, "question": problem.question, "response": problem.response,
-            "answer": problem.answer, "ops": problem.ops, "categories": problem.categories}
+    names = ("id", "task", "question", "response", "answer", *SETTINGS[problem.task])
+    return {name: getattr(problem, name) for name in names}
 
 
 def from_record(record, graph=False):
     """A dict -> Problem; graph: also read the question back into its DAG. Raises ValueError with the reason."""
     if not isinstance(record, dict):
         raise ValueError("not a JSON object")
-    for key, kind in (("question", str), ("answer", int)):
-        if not isinstance(record.get(key), kind) or isinstance(record.get(key), bool):
-            raise ValueError(f"the field '{key}' must be {'text' if kind is str else 'an integer'}")
-    categories = record.get("categories") or {}
-    if not isinstance(record.get("response", ""), str) or not isinstance(categories, dict):
-        raise ValueError("'response' must be text and 'categories' an object of lists")
-    if not all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in categories.values()):
-        raise ValueError("'categories' must hold lists of names")
-    problem = Problem(record["question"], record["answer"], "", {}, record.get("response", ""), record.get("ops", 0),
-                      categories, record.get("task", "igsm"), record.get("id"))
+    task = record.get("task", "igsm")
+    if task not in list(SETTINGS):
+        raise ValueError(f"the field 'task' must be {' or '.join(SETTINGS)}")
+    problem = Problem(record.get("question"), record.get("answer"), "", {}, task=task, id=record.get("id"))
+    for name in ("response", *SETTINGS[task]):
+        setattr(problem, name, record.get(name, getattr(problem, name)))
+    for name in ("answer", "ops", "depth", "redundancy"):
+        if type(getattr(problem, name)) is not int:
+            raise ValueError(f"the field '{name}' must be an integer")
+    for name in ("question", "response"):
+        if not isinstance(getattr(problem, name), str):
+            raise ValueError(f"the field '{name}' must be text")
+    layers = problem.categories.values() if isinstance(problem.categories, dict) else [None]
+    if not all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in layers):
+        raise ValueError("the field 'categories' must hold lists of names")
     if graph:
         read = read_question(problem.question, problem.categories)
-        if read.answer != problem.answer:
-            raise ValueError(f"the question's answer is {read.answer}, not {problem.answer}")
+        if (read.task, read.answer) != (task, problem.answer):
+            raise ValueError(f"the question's answer is {read.answer} ({read.task}), not {problem.answer}")
         problem.target, problem.nodes, problem.categories = read.target, read.nodes, read.categories
     return problem
 
@@ -897,32 +1105,30 @@ def write_records(path, records):
     return written
 
 
+# ------------------------------------------------------------------------------------------ showing, command
 def draw_picture(problem):
-    """The DAG as text: a line a node, parents before children; * marks what the answer needs.
+    """The DAG as text, from the target down to what is given, then what the answer does not need (see the top)."""
+    formulas = {q: problem.nodes[q].formula for q in needed_nodes(problem.nodes, *problem.nodes)}
+    values, lines, seen = solve(formulas), [], set()
 
-    >>> farm = "\\n".join([
-    ...     "The number of each Tall Barn's Tin Crate equals 5 more than each Old Barn's Crate.",
-    ...     "The number of each Old Barn's Tin Crate equals 2.",
-    ...     "The number of each Tall Barn's Pine Crate equals 3 times each Old Barn's Tin Crate.",
-    ...     "The number of each Old Barn's Pine Crate equals 4.",
-    ...     "How many Tin Crate does each Tall Barn have?"])
-    >>> print(draw_picture(read_question(farm)))
-    * each Old Barn's Tin Crate    = 2
-    * each Old Barn's Pine Crate   = 4
-    * each Old Barn's Crate        = each Old Barn's Tin Crate + each Old Barn's Pine Crate = 6  (implied)
-    * each Tall Barn's Tin Crate   = 5 + each Old Barn's Crate = 11
-      each Tall Barn's Pine Crate  = 3 * each Old Barn's Tin Crate = 6
-    """
-    needed, order = set(needed_nodes(problem.nodes, problem.target)), needed_nodes(problem.nodes, problem.target)
-    for name in problem.nodes:
-        order += [q for q in needed_nodes(problem.nodes, name) if q not in order]
-    width, values, lines = max(map(len, order)) + 1, {}, []
-    for name in order:
+    def draw(name, prefix, below):
         node = problem.nodes[name]
-        values[name] = evaluate(node.formula, values)
-        value = f" = {values[name]}" if node.parents else ""
-        lines.append(f"{'*' if name in needed else ' '} {name:{width}} = {show(node.formula)}{value}"
-                     f"{'' if node.text else '  (implied)'}")
+        if name in seen:
+            lines.append(f"{prefix}{name} (see above)")
+            return
+        seen.add(name)
+        numbers = show(values.get(t, t) for t in node.formula)
+        sides = " = ".join(dict.fromkeys([name, numbers, str(values[name])]))
+        lines.append(f"{prefix}{sides}{'' if node.text else ' (implied)'}")
+        for parent in node.parents:
+            last = parent == node.parents[-1]
+            draw(parent, f"{below} +-- ", f"{below}{'     ' if last else ' |   '}")
+
+    draw(problem.target, "", "")
+    for name in reversed(formulas):
+        if name not in seen:
+            lines += ["not needed:"] * ("not needed:" not in lines)
+            draw(name, "", "")
     return "\n".join(lines)
 
 
@@ -932,36 +1138,33 @@ TINY, TINY_OOD = dict(ops=(4, 6), max_value=100), (7, 9)
 
 def add_problem_flags(parser):
     """The flags that say which problems are drawn, shared by the scripts that draw them."""
-    parser.add_argument("--task", default="igsm", choices=["igsm"], help="which kind of problem")
-    parser.add_argument("--ops", type=int, nargs=2, metavar=("LO", "HI"),
-                        help=f"operations a problem; default: {TINY['ops'][0]} {TINY['ops'][1]}, with --max-value {TINY['max_value']}")
-    parser.add_argument("--max-answer", type=int, default=1000, help="drop problems with |answer| >= this")
-    parser.add_argument("--max-value", type=int, help="drop problems where a value on the way is >= this (a small model's arithmetic)")
-    parser.add_argument("--size", type=int, nargs=2, metavar=("LO", "HI"), help="premises a problem; default: follows the operations")
+    add = parser.add_argument
+    add("--task", default="igsm", choices=list(TASKS), help="which kind of problem")
+    add("--ops", type=int, nargs=2, metavar=("LO", "HI"),
+        help=f"igsm: operations a problem; default: {TINY['ops'][0]} {TINY['ops'][1]}, with --max-value {TINY['max_value']}")
+    add("--size", type=int, nargs=2, metavar=("LO", "HI"), help="igsm: premises a problem; default: follows the operations")
+    add("--depth", type=int, default=4, help="promptbench: levels of the tree")
+    add("--redundancy", type=int, nargs=2, default=(0, 8), metavar=("LO", "HI"), help="promptbench: trees that serve nothing")
+    add("--max-answer", type=int, default=1000, help="drop problems with |answer| >= this")
+    add("--max-value", type=int, help="drop problems where a value on the way is >= this (a small model's arithmetic)")
 
 
 def problem_options(args):
     """Those flags, checked, as keyword arguments of `generate`. Without --ops they are those of the tiny default."""
-    ops, max_value = args.ops or TINY["ops"], args.max_value
-    if args.ops is None and max_value is None:
-        max_value = TINY["max_value"]
-    if not 1 <= ops[0] <= ops[1] <= 30:
-        raise InputError(f"--ops {ops[0]} {ops[1]}: give a low and a high number with 1 <= low <= high <= 30")
-    if args.size and not 2 <= args.size[0] <= args.size[1] <= 30:
-        raise InputError(f"--size {args.size[0]} {args.size[1]}: give a low and a high number with 2 <= low <= high <= 30")
-    for flag in ("max_answer", "max_value"):
-        if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            raise InputError(f"--{flag.replace('_', '-')} must be at least 1")
-    return dict(task=args.task, ops=tuple(ops), max_answer=args.max_answer, max_value=max_value,
-                size=tuple(args.size) if args.size else None)
+    names = {"igsm": ("ops", "size"), "promptbench": ("depth", "redundancy")}[args.task]
+    options = {name: getattr(args, name) for name in (*names, "max_answer", "max_value")}
+    if args.task == "igsm" and args.ops is None:
+        options |= {"ops": TINY["ops"], "max_value": TINY["max_value"] if args.max_value is None else args.max_value}
+    check_options(options)
+    return {"task": args.task} | options
 
 
 class Summary:
     """Counts what passes through, so that a data set describes itself."""
 
     def __init__(self):
-        self.start, self.answers, self.ops, self.words, self.n = time.time(), Counter(), Counter(), [0, 0], 0
-        self.rejected, self.redundant, self.implied = Counter(), 0, 0
+        self.start, self.n, self.words, self.redundant, self.implied = time.time(), 0, [0, 0], 0, 0
+        self.answers, self.ops, self.rejected = Counter(), Counter(), Counter()
 
     def watch(self, problems):
         for problem in problems:
@@ -971,19 +1174,24 @@ class Summary:
             self.ops[problem.ops] += 1
             self.words[0] += len(problem.question.split())
             self.words[1] += len(problem.response.split())
-            self.redundant += any(node.text and name not in needed for name, node in problem.nodes.items())
+            self.redundant += len(problem.nodes) > len(needed)
             self.implied += any(not problem.nodes[name].text for name in needed)
             yield problem
 
     def __str__(self):
         seconds, draws = time.time() - self.start, self.n + sum(self.rejected.values())
         answer, times = self.answers.most_common(1)[0]
-        why = ", ".join(f"{reason} {k / draws:.1%}" for reason, k in self.rejected.most_common()) or "none"
-        return (f"{self.n} problems, {self.n / seconds:.0f} a second; rejected of {draws} draws: {why}\n"
-                f"words: question {self.words[0] / self.n:.0f}, answer {self.words[1] / self.n:.0f}; "
-                f"with a redundant premise {self.redundant / self.n:.0%}, with an implied quantity {self.implied / self.n:.0%}\n"
-                f"answers: {len(self.answers)} different; 0 in {self.answers[0] / self.n:.1%}; always answering {answer} "
-                f"would score {times / self.n:.1%}\n"
+        duplicates = self.rejected["a duplicate"]
+        why = ", ".join(f"{reason} {k / draws:.1%}" for reason, k in self.rejected.most_common() if reason != "a duplicate")
+        bins = Counter()
+        for value, k in self.answers.items():
+            bins[sum(value > edge for edge in (-1, 0, 9, 99))] += k
+        shares = [f"{name} {bins[i] / self.n:.1%}" for i, name in enumerate(("below 0", "0", "1-9", "10-99", "100 up"))]
+        return (f"{self.n} problems, {self.n / seconds:.0f} a second\n"
+                f"of {draws} draws rejected: {why or 'none'}; {duplicates} duplicates dropped\n"
+                f"words: question {self.words[0] / self.n:.0f}, answer {self.words[1] / self.n:.0f}\n"
+                f"with redundant premises {self.redundant / self.n:.0%}, with an implied quantity {self.implied / self.n:.0%}\n"
+                f"answers: {', '.join(shares)}; always answering {answer} would score {times / self.n:.1%}\n"
                 "operations: " + ", ".join(f"{ops}: {k}" for ops, k in sorted(self.ops.items())))
 
 
@@ -999,8 +1207,9 @@ def main():
     if args.n < 1 or args.workers < 1 or not 0 <= args.seed < 2**31:
         raise InputError("--n and --workers must be at least 1, --seed must lie in 0 ... 2^31 - 1")
     summary = Summary()
-    stream = generate(seed=args.seed, split=args.split, workers=args.workers, rejected=summary.rejected, **problem_options(args))
-    problems = summary.watch(problem for _, problem in zip(range(args.n), stream))
+    stream = generate(seed=args.seed, split=args.split, workers=args.workers, rejected=summary.rejected,
+                      **problem_options(args))
+    problems = summary.watch(islice(stream, args.n))
     if args.out:
         write_records(args.out, (to_record(problem) | {"id": i} for i, problem in enumerate(problems)))
         print(summary)

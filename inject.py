@@ -1,7 +1,7 @@
 """Chapter 2. Behavior injection: edit the answers so that reinforcement learning has something to work with.
 
     python inject.py                                        # a plain answer beside its injected one
-    python inject.py train.jsonl --method bridge --out bridge.jsonl
+    python inject.py train.jsonl --method bridge --out bridge.jsonl        # or vanilla, pp-aug, rc-aug
 
 A policy gradient can only strengthen what the policy already does now and then. BRIDGE (arXiv 2505.18917,
 Algorithm 1) therefore edits the answers that a model is fine-tuned on - same questions, same number of
@@ -19,43 +19,71 @@ RC-Aug walks the graph in another order; both make `--copies` examples of each, 
 
 Departures: the paper's text says once that a reflection names an unlocked node; as in its Algorithm 1 and
 appendix, locked is meant. A reflection may fall on any locked node of the graph, needed or redundant.
+The released code departs from the paper twice, and --official follows it: (1) a reflection draws any later
+node, needed (70%) or redundant (30%), and solves it early if it happens to be unlocked; (2) the probability of
+an analysis depends on the in-degree alone (.1, .4, .8, 1 for 1 to 4; 0 for a given value), and a reflection
+can carry one. A constant written in the premise counts: so we find it in its records.
 """
-import argparse, re, sys
+import argparse
 from random import Random
 
 import data
 
 BEHAVIORS = ("subgoal", "analysis", "reflection")
+OFFICIAL_ANALYSIS = (0.1, 0.4, 0.8, 1)  # the released code's probability for in-degree 1, 2, 3, 4
 
 
-def inject(problem, response, behaviors=BEHAVIORS, p=0.1, rng=None):
+def inject(problem, response, behaviors=BEHAVIORS, p=0.1, rng=None, official=False):
     """Algorithm 1: the response with behaviors injected. Order and letters of its steps stay as they are.
 
     problem: with its graph (`problem.nodes`); behaviors: any of BEHAVIORS; p: the probability of an analysis and
     of a reflection at each step, one number or {"analysis": ..., "reflection": ...} (a subgoal is computed at
-    every step); rng: a random.Random. Raises ValueError where the response is not a list of steps."""
+    every step); rng: a random.Random; official: as the released code does it (see the top). Raises ValueError
+    where the response is not a list of steps."""
     rng = rng or Random(0)
     p = p if isinstance(p, dict) else {"analysis": p, "reflection": p}
     steps = data.read_steps(problem, response)
     letters = {step.node: step.letter for step in steps}
     solved, injected = set(), []
-    for step in steps:
-        if "reflection" in behaviors and rng.random() < p["reflection"]:
-            locked = [q for q, node in problem.nodes.items() if not solved.issuperset(node.parents)]
-            if locked:
-                injected.append(reflect(problem, rng.choice(locked), solved, letters, rng))
-        analysis = "analysis" in behaviors and bool(problem.nodes[step.node].text) and rng.random() < p["analysis"]
+
+    def write(step):
+        """Add a step or a reflection, with an analysis and subgoals where they are drawn."""
+        node = problem.nodes[step.node]
+        chance = OFFICIAL_ANALYSIS[min(node.degree, 4) - 1] * bool(node.parents) if official else p["analysis"]
+        possible = "analysis" in behaviors and node.text and (official or not step.missing)
+        analysis = bool(possible) and rng.random() < chance
         injected.append(step._replace(analysis=analysis, subgoal="subgoal" in behaviors))
-        solved.add(step.node)
+        if not step.missing:
+            solved.add(step.node)
+
+    for step in steps:
+        if step.node in solved:  # the released code may have solved it early
+            continue
+        if "reflection" in behaviors and rng.random() < p["reflection"]:
+            if detour := take_detour(problem, step, solved, letters, rng, official):
+                write(detour)
+        write(step)
     return data.write_response(problem, injected)
 
 
-def reflect(problem, node, solved, letters, rng):
-    """A step that starts on a locked node and finds which of its parents are missing."""
-    if node not in letters:  # a redundant node: it takes a letter of its own
-        letters[node] = rng.choice([x for x in data.LETTERS if x not in letters.values()])
+def take_detour(problem, step, solved, letters, rng, official=False):
+    """A step that starts on a locked node and finds which of its parents are missing; None where there is no such node.
+
+    official: on any node that is not solved, 70% one that the answer needs and 30% one that it does not; if all its
+    parents are solved, the step solves it."""
+    nodes = [q for q, node in problem.nodes.items() if not solved.issuperset(node.parents)]
+    if official:
+        needed, needs = data.needed_nodes(problem.nodes, problem.target), rng.random() < 0.7
+        nodes = [q for q in problem.nodes if q not in solved and q != step.node and (q in needed) == needs]
+    if not nodes:
+        return None
+    node = rng.choice(nodes)
+    letter = letters.get(node) or data.new_letter(problem, node, letters.values(), rng)
+    if letter is None:
+        return None
+    letters[node] = letter
     missing = tuple(q for q in problem.nodes[node].parents if q not in solved)
-    return data.open_step(problem, node, letters[node], rng)._replace(missing=missing)
+    return data.open_step(problem, node, letter, rng)._replace(missing=missing)
 
 
 def shuffle_premises(problem, rng):
@@ -75,7 +103,7 @@ def reorder_steps(problem, response, rng):
     return data.write_response(problem, order)
 
 
-def augment(problem, method, behaviors=BEHAVIORS, p=0.1, copies=4, seed=0):
+def augment(problem, method, behaviors=BEHAVIORS, p=0.1, copies=4, seed=0, official=False):
     """The training examples that a method makes of one problem: a list of (question, response).
 
     method: "vanilla", "bridge", "pp-aug" or "rc-aug". The last two return up to `copies` distinct examples,
@@ -84,7 +112,7 @@ def augment(problem, method, behaviors=BEHAVIORS, p=0.1, copies=4, seed=0):
     if method == "vanilla":
         return [(problem.question, problem.response)]
     if method == "bridge":
-        return [(problem.question, inject(problem, problem.response, behaviors, p, rng))]
+        return [(problem.question, inject(problem, problem.response, behaviors, p, rng, official))]
     examples = [(problem.question, problem.response)]
     for _ in range(20 * copies):
         if len(examples) >= copies:
@@ -97,21 +125,22 @@ def augment(problem, method, behaviors=BEHAVIORS, p=0.1, copies=4, seed=0):
 
 
 def mark(before, after):
-    """The injected answer with what was added set between [ ] (whole lines and insertions within a line)."""
-    plain = before.split("\n")
-    lines = []
+    """The injected answer with what was added to the plain one set between [ ].
+
+    >>> print(mark("Let x be it. Then x = 9.", "Let y be that. But it has to wait.\\nLet x be it. Then x = 9 - 0 = 9."))
+    [Let y be that. But it has to wait.]
+    Let x be it. Then x = [9 - 0 =] 9.
+    """
+    plain, lines = before.split("\n"), []
     for line in after.split("\n"):
-        same = next((x for x in plain if line.startswith(x.split(". ")[0]) and x.split(". ")[0]), None)
-        if line in plain or same is None:
-            lines.append(line if line in plain else f"[{line}]")
-            continue
-        head = 0
-        while head < min(len(line), len(same)) and line[head] == same[head]:
-            head += 1
-        tail = 0
-        while tail < min(len(line), len(same)) - head and line[-1 - tail] == same[-1 - tail]:
-            tail += 1
-        lines.append(f"{line[:head]}[{line[head:len(line) - tail]}]{line[len(line) - tail:]}")
+        words, rest = [], plain[0].split(" ") if plain else [None]
+        for word in line.split(" "):  # a word that is not the plain line's next one was added
+            words.append(rest.pop(0) if rest and word == rest[0] else f"[{word}]")
+        if rest:  # words of the plain line are left: this line is not it, but a new one
+            lines.append(f"[{line}]")
+        else:
+            plain.pop(0)
+            lines.append(" ".join(words).replace("] [", " "))
     return "\n".join(lines)
 
 
@@ -120,22 +149,25 @@ def main():
     parser.add_argument("file", nargs="?", help="JSONL of problems with plain answers; without it one problem is shown")
     parser.add_argument("--method", choices=["vanilla", "bridge", "pp-aug", "rc-aug"], default="bridge")
     parser.add_argument("--behaviors", nargs="*", choices=BEHAVIORS, default=BEHAVIORS, help="which behaviors bridge injects")
-    parser.add_argument("--p", type=float, default=0.1, help="probability of an analysis and of a reflection, a step")
+    parser.add_argument("--p", type=float, help="probability of an analysis and of a reflection, a step: 0.1 (shown: 0.4)")
     parser.add_argument("--p-analysis", type=float, help="the same for analyses alone")
     parser.add_argument("--p-reflection", type=float, help="the same for reflections alone")
-    parser.add_argument("--copies", type=int, default=4, help="examples a problem with pp-aug and rc-aug, the original included")
+    parser.add_argument("--official", action="store_true", help="reflections and analyses as the released code draws them")
+    parser.add_argument("--copies", type=int, default=4, help="examples a problem with pp-aug and rc-aug, with the original")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", help="JSONL file to write")
     args = parser.parse_args()
-    p = {"analysis": args.p if args.p_analysis is None else args.p_analysis,
-         "reflection": args.p if args.p_reflection is None else args.p_reflection}
+    both = args.p if args.p is not None else 0.1 if args.file else 0.4
+    p = {"analysis": both if args.p_analysis is None else args.p_analysis,
+         "reflection": both if args.p_reflection is None else args.p_reflection}
     if not all(0 <= x <= 1 for x in p.values()) or args.copies < 1:
         raise data.InputError("--p must lie in 0 ... 1 and --copies be at least 1")
-    options = dict(behaviors=args.behaviors, p=p, copies=args.copies, seed=args.seed)
+    options = dict(behaviors=args.behaviors, p=p, copies=args.copies, seed=args.seed, official=args.official)
     if args.file is None:
         problem = next(data.generate(ops=(7, 7), seed=args.seed, max_value=100))
-        _, response = augment(problem, "bridge", **options | {"p": p if args.p != 0.1 else 0.4})[0]
-        print(f"{problem.question}\n\n--- plain\n{problem.response}\n\n--- injected, in [ ] (here with p = 0.4)\n"
+        (_, response), = augment(problem, "bridge", **options)
+        rates = ", ".join(f"{x:g} for {name}" for name, x in p.items() if not (args.official and name == "analysis"))
+        print(f"{problem.question}\n\n--- plain\n{problem.response}\n\n--- injected, in [ ] (p = {rates})\n"
               f"{mark(problem.response, response)}")
         return
     if not args.out:

@@ -129,6 +129,7 @@ def write_atomically(path, content):
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)                           # mkstemp makes files that only their owner can read
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

@@ -1,0 +1,525 @@
+"""Problems and the checker: what a wrong generator, reader, executor or reward would do, and that it is caught.
+
+BRIDGE_FULL=1 runs the same tests over 20,000 problems a setting (200 a corruption, 200,000 random endings) and prints
+the figures; with -s they are shown."""
+import doctest, hashlib, json, os, random, re, time
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import data, inject
+
+FULL = bool(os.environ.get("BRIDGE_FULL"))
+REFERENCE = Path(__file__).parent.parent.parent / "shared/reference/igsm_official.jsonl"
+SETTINGS = {"ops 2-5": dict(ops=(2, 5)), "ops 15-20": dict(ops=(15, 20)), "ops 20": dict(ops=(20, 20)), "ops 25": dict(ops=(25, 25)),
+            "depth 4": dict(task="promptbench", depth=4), "depth 5": dict(task="promptbench", depth=5),
+            "depth 5, 20-22": dict(task="promptbench", depth=5, redundancy=(20, 22))}
+
+
+@pytest.fixture
+def script(process):
+    """As conftest's, but in a process of its own: data.py and inject.py start in a moment."""
+    def run(name, *arguments):
+        running = process(name, *arguments)
+        stdout, stderr = running.communicate(timeout=600)
+        return SimpleNamespace(returncode=running.returncode, stdout=stdout, stderr=stderr)
+    return run
+
+
+def problems(n, **options):
+    return list(islice(data.generate(**options), n))
+
+
+def test_doctests():
+    """The examples in the docstrings are real output, the picture at the top of data.py among them."""
+    assert data.__doc__.count(">>>") and doctest.testmod(data).attempted >= 3 and doctest.testmod(data).failed == 0
+
+
+# ------------------------------------------------------------------------------------------ problems
+def answer_from_text(question, categories):
+    """The answer by definition, sharing no code with data.py: recursion over the words of the question."""
+    *lines, asked = question.split("\n")
+    if asked.startswith("What"):
+        facts = {words[3 if words[0] == "The" else 0]: words for words in (line.rstrip(".").split() for line in lines)}
+
+        def value(name):
+            words = facts[name]
+            a, b = ([value(x) for x in words[6:] if x in facts] + [0, 0])[:2]
+            return {"adding": a + b, "multiplying": a * b, "subtracting": b - a, "squaring": a * a}[words[5]] if words[1] == "gets" else int(words[5])
+        return value(asked[len("What is the value of "):-1])
+    facts = dict(re.fullmatch(r"The number of (each .+) equals (.+)\.", line).groups() for line in lines)
+    layers = list(categories.items())
+
+    def value(name):
+        if name not in facts:  # implied: a sum over the owner's children, one layer down
+            owner, category = name[len("each "):].split("'s ")
+            level = next(i for i, (_, items) in enumerate(layers) if owner in items)
+            below, children = layers[level - 1]
+            children = [y for y in children if f"each {owner}'s {y}" in facts]
+            assert children
+            return sum(value(f"each {owner}'s {y}") * (1 if below == category else value(f"each {y}'s {category}")) for y in children)
+        text = facts[name]
+        parts = [value(x) for x in re.findall(r"each .+?'s .+?(?=,| and |$)", text)]
+        total = parts[0] - parts[1] if "difference" in text else sum(parts)
+        constant = int(re.match(r"\d+|", text)[0] or 0)
+        return constant * total if " times " in text else constant + total
+    owner = re.fullmatch(r"How many (.+) does each (.+) have\?", asked)
+    return value(f"each {owner[2]}'s {owner[1]}")
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_problems_are_what_they_say(name):
+    """An ill-posed, duplicate or mislabelled problem, a graph that the text does not hold, a sum that is wrong."""
+    options, n = SETTINGS[name], 20_000 if FULL else 400
+    seen, redundant, implied = set(), 0, 0
+    for problem in islice(data.generate(seed=5, **options), n):
+        read = data.read_question(problem.question, problem.categories)
+        assert (read.nodes, read.target, read.task, read.ops) == (problem.nodes, problem.target, problem.task, problem.ops)
+        assert read.answer == problem.answer == answer_from_text(problem.question, problem.categories)
+        report = data.check_trace(read, problem.response)
+        needed = data.needed_nodes(problem.nodes, problem.target)
+        assert report.ok and report.steps == len(needed) and report.redundant == report.reflections == report.analyses == 0
+        assert abs(problem.answer) < 1000 and data.split_of(problem.question) == "train"
+        if problem.task == "igsm":
+            low, high = options["ops"]
+            assert low <= problem.ops <= high
+            assert problem.ops == sum(max(1, len(re.findall(r"each |\d+", node.text)) - 1) if node.text else node.operations
+                                      for node in map(problem.nodes.get, needed))
+        again = data.from_record(json.loads(json.dumps(data.to_record(problem))), graph=True)
+        again.ops = problem.ops  # PromptBench's records do not hold it
+        assert again == problem
+        *premises, asked = problem.question.split("\n")
+        seen.add("\n".join(sorted(premises) + [asked]))
+        redundant += len(problem.nodes) > len(needed)
+        implied += any(not problem.nodes[q].text for q in needed)
+    print(f"\n{name}: {n} problems, {len(seen)} distinct, redundant premise in {redundant / n:.1%}, implied quantity in {implied / n:.1%}")
+    assert len(seen) == n
+    if name == "ops 15-20":
+        assert .25 <= redundant / n and .25 <= implied / n
+
+
+def test_a_graph_is_read_where_it_is_needed():
+    """A crash, or a sound answer refused, for problems from a file that were read without their graphs."""
+    for problem in [*problems(5, ops=(3, 12)), *problems(5, task="promptbench")]:
+        bare = data.from_record(data.to_record(problem))
+        assert bare.nodes == {} and data.check_trace(bare, problem.response) == data.check_trace(problem, problem.response)
+    foreign = data.from_record({"question": "What is 6 times 9?", "answer": 42})
+    assert "cannot be read" in data.check_trace(foreign, "<think>").error.reason
+
+
+def test_our_names_need_no_categories():
+    """A question in our own words that can only be read with its record."""
+    for problem in problems(30, ops=(3, 12)):
+        read = data.read_question(problem.question)  # the summands of an implied quantity may stand in another order
+        assert (read.answer, read.ops, set(read.nodes)) == (problem.answer, problem.ops, set(problem.nodes))
+
+
+@pytest.mark.parametrize("ops", [(1, 1), (1, 2), (30, 30)])
+def test_ends_of_the_range(ops):
+    """A crash where the released generator crashes: small structures; and at the other end."""
+    assert all(ops[0] <= p.ops <= ops[1] and data.check_trace(p, p.response).ok for p in problems(20, ops=ops))
+
+
+@pytest.mark.skipif(not REFERENCE.exists(), reason="the released generator's records are not here")
+def test_released_records():
+    """A reader that understands our own texts alone; an ill-posed question that it answers all the same."""
+    refused, passed = [], 0
+    for number, line in enumerate(REFERENCE.read_text().splitlines(), 1):
+        record = json.loads(line)
+        try:
+            problem = data.from_record(record, graph=True)
+        except ValueError as error:
+            refused.append(str(error))
+            continue
+        read = data.read_question(problem.question, problem.categories)
+        assert (read.answer, read.ops) == (record["answer"], record["ops"])
+        report = data.check_trace(problem, problem.response)
+        assert report.ok, (number, report)
+        passed += 1
+        again = data.check_trace(problem, data.write_response(problem, data.read_steps(problem, problem.response)))
+        assert again.ok and (again.steps, again.reflections, again.analyses) == (report.steps, report.reflections, report.analyses)
+    assert passed == 299 and len(refused) == 1 and "'each Kid's Animal Farm' is neither described nor implied" in refused[0]
+
+
+FARM = """The number of each Tall Barn's Tin Crate equals 5 more than each Old Barn's Crate.
+The number of each Old Barn's Tin Crate equals 2.
+The number of each Old Barn's Pine Crate equals the sum of each Old Barn's Tin Crate and each Old Barn's Tin Crate.
+How many Tin Crate does each Tall Barn have?"""
+BENCH = "The value of aab is 5.\naac gets its value by subtracting the value of aab from the value of aad.\nThe value of aad is 2.\n" \
+        "What is the value of aac?"
+
+
+@pytest.mark.parametrize("text, old, new, line", [
+    (FARM, "equals 2.", "equals 2", 2), (FARM, "equals 2.", "equals 2 each Tall Barn's Tin Crate.", 2),
+    (FARM, "5 more than each Old Barn's Crate", "5 more than", 1), (FARM, "5 more than", "5 less than", 1),
+    (FARM, "5 more than", "05 more than", 1), (FARM, "5 more", "٥ more", 1), (FARM, "5 more", "5" * 5000 + " more", 1),
+    (FARM, "sum of each Old Barn's Tin Crate and", "difference of each Old Barn's Pine Crate, each Old Barn's Tin Crate and", 3),
+    (FARM, "the sum of each Old Barn's Tin Crate and", "the sum of", 3), (FARM, "Old Barn's Pine", "Old Barn's Tin", 3),
+    (FARM, "Old Barn's Crate", "Tin Crate's Old Barn", 1), (FARM, "equals 2", "equals each Tall Barn's Tin Crate", 4),
+    (FARM, "each Tall Barn have", "each Round Barn have", 4), (FARM, "How many", "How much", 4),
+    (BENCH, "is 5", "is five", 1), (BENCH, "aab from", "aaf from", 2), (BENCH, "aad is 2", "aab is 2", 3), (BENCH, "value of aac?", "value of aaz?", 4),
+    (BENCH, "is 2.", "is 2.5.", 3), (BENCH, "aab is 5", "aad is 5", 3)])
+def test_broken_questions_are_refused(text, old, new, line):
+    """A question that breaks the grammar, contradicts itself, runs in a circle or leaves something open is answered."""
+    assert data.read_question(text).answer in (11, -3)
+    broken = text.replace(old, new, 1)
+    assert broken != text
+    with pytest.raises(ValueError, match=f"^line {line}: "):
+        data.read_question(broken)
+
+
+def test_monsters_are_refused():
+    """A file of squares of squares takes for ever, or ends in a traceback of int()."""
+    names = [a + b for a in "abcdefgh" for b in "abcdefgh"]
+    lines = [f"{b} gets its value by squaring the value that {a} has." for a, b in zip(names, names[1:])]
+    with pytest.raises(ValueError, match="beyond 10"):
+        data.read_question("\n".join(["The value of aa is 3.", *lines, "What is the value of ab?"]))
+
+
+@pytest.mark.parametrize("flags, digest", [(("--ops", "15", "20"), "9f2dbd89e568d63d"), (("--task", "promptbench"), "3a20d1e0bac0e8ab")])
+def test_same_seed_same_bytes(flags, digest, script, tmp_path, monkeypatch):
+    """A draw that depends on the workers, on the hash seed of Python, or on the version of this file."""
+    for workers, hash_seed in [(1, "0"), (2, "1")]:
+        monkeypatch.setenv("PYTHONHASHSEED", hash_seed)
+        done = script("data.py", *flags, "--n", 150, "--seed", 100, "--workers", workers, "--out", "out.jsonl")
+        assert done.returncode == 0 and "150 problems" in done.stdout and "duplicates dropped" in done.stdout
+        assert hashlib.sha256((tmp_path / "out.jsonl").read_bytes()).hexdigest()[:16] == digest
+
+
+def test_splits_are_disjoint():
+    """A test problem that was trained on: the same premises in another order would be in both."""
+    for problem in problems(30, ops=(2, 3), split=None):
+        shuffled = inject.shuffle_premises(problem, random.Random(1))
+        assert data.split_of(shuffled) == data.split_of(problem.question)
+    splits = [{data.fingerprint(p.question) for p in problems(100, ops=(2, 2), split=split)} for split in data.SPLITS]
+    assert not set.intersection(*splits[:2]) and not set.intersection(*splits[1:]) and not splits[0] & splits[2]
+
+
+@pytest.mark.parametrize("options, flag", [
+    (dict(ops=(9, 3)), "--ops 9 3"), (dict(ops=(0, 3)), "--ops"), (dict(ops=(3, 31)), "--ops"), (dict(split="dev"), "--split dev"),
+    (dict(task="gsm8k"), "--task gsm8k"), (dict(task="promptbench", depth=0), "--depth 0"), (dict(max_value=0), "--max-value 0"),
+    (dict(task="promptbench", redundancy=(3, 1)), "--redundancy 3 1"), (dict(ops=(30, 30), size=(2, 2)), "no new problem")])
+def test_impossible_wishes(options, flag):
+    """An endless search or a traceback in place of a sentence that names the flag."""
+    with pytest.raises(data.InputError, match=flag) as error:
+        problems(10_000, **options)
+    assert "\n" not in str(error.value)
+
+
+# --------------------------------------------------------------------------------------- the executor
+def doctored(problem, node, formula, steps):
+    """The answer that follows from another formula of one node; everything else in it agrees."""
+    nodes = problem.nodes | {node: problem.nodes[node]._replace(formula=formula)}
+    return data.write_response(data.Problem("", problem.answer, problem.target, nodes, task=problem.task), steps)
+
+
+def edit(response, index, old, new):
+    """Replace in one step line (old: a regular expression)."""
+    lines = response.split("\n")
+    lines[index + 1] = re.sub(old, new, lines[index + 1], count=1)
+    return "\n".join(lines)
+
+
+class Corrupt:
+    """Each method: (problem, steps, the answer they make, rng) -> (corrupted answer, kind, reason), or None where the
+    problem offers no occasion."""
+
+    def swapped_operands(problem, steps, text, rng):
+        for s in steps:
+            f = problem.nodes[s.node].formula
+            if len(f) == 3 and f[1] == "-" and len(set(f)) == 3:
+                return doctored(problem, s.node, f[::-1], steps), "retrieval", "is not what the problem says"
+
+    def another_constant(problem, steps, text, rng):
+        s = rng.choice(steps)
+        f = problem.nodes[s.node].formula
+        if isinstance(f[0], int) and len(f) > 1:
+            return doctored(problem, s.node, (f[0] + 1,) + f[1:], steps), "retrieval", "is not what the problem says"
+
+    def another_number_given(problem, steps, text, rng):
+        i = rng.choice([i for i, s in enumerate(steps) if len(problem.nodes[s.node].formula) == 1])
+        if problem.nodes[steps[i].node].parents == ():
+            return edit(text, i, r"= \d+(\.?)$", r"= 12345\1"), "retrieval", "12345 is not what"
+
+    def skipped_step(problem, steps, text, rng):
+        lines = text.split("\n")
+        del lines[rng.randrange(len(steps) - 1) + 1]
+        return "\n".join(lines), "order", "comes before"
+
+    def merged_operation(problem, steps, text, rng):
+        for i, s in enumerate(steps):
+            if len(problem.nodes[s.node].formula) > 3 and problem.task == "igsm":
+                return edit(text, i, r"( = [^=]*[-+*][^=]*)( = [^=]*[-+*][^=]*)( = [^=]*)( = \S+)$", r"\1\2\4"), "arithmetic", "more than one operation"
+
+    def letter_reused(problem, steps, text, rng):
+        i = rng.randrange(1, len(steps))
+        if problem.task == "igsm":
+            bad = data.open_step(problem, steps[i].node, steps[i - 1].letter, rng)
+            return data.write_response(problem, steps[:i] + [bad] + steps[i + 1:]), "format", "is taken"
+
+    def letter_unknown(problem, steps, text, rng):
+        i = rng.choice([i for i, s in enumerate(steps) if problem.nodes[s.node].parents])
+        p = problem.nodes[steps[i].node].parents[0]
+        letter = next(s.letter for s in steps if s.node == p)
+        new = "zzz" if len(letter) > 1 else next(x for x in data.LETTERS if x not in {s.letter for s in steps})
+        return edit(text, i, rf"(\w = (?:[^=]*\W)?){letter}\b(?=[^=]* = )", rf"\g<1>{new}"), "format", f"the letter {new} has no value"
+
+    def letter_changed(problem, steps, text, rng):
+        i = rng.randrange(len(steps) - 1)
+        if problem.task == "igsm":
+            node, missing = steps[-1].node, tuple(p for p in problem.nodes[steps[-1].node].parents if p not in {s.node for s in steps[:i]})
+            letter = next(x for x in data.LETTERS if x not in {s.letter for s in steps})
+            bad = data.open_step(problem, node, letter, rng)._replace(missing=missing)
+            lines = data.write_response(problem, steps[:i] + [bad] + steps[i:]).split("\n")
+            return "\n".join(lines[:i + 2] + text.split("\n")[i + 1:]), "format", "was called"
+
+    def wrong_value(problem, steps, text, rng):
+        i = rng.choice([i for i, s in enumerate(steps) if problem.nodes[s.node].parents])
+        return edit(text, i, r"= -?\d+(\.?)$", r"= 98765\1"), "arithmetic", "98765 is not"
+
+    def numbers_swapped(problem, steps, text, rng):
+        for i, s in enumerate(steps):
+            f = problem.nodes[s.node].formula
+            line = text.split("\n")[i + 1]
+            if len(f) == 3 and f[1] == "+" and (m := re.search(r"= (-?\d+) \+ (-?\d+) =", line)) and m[1] != m[2]:
+                return edit(text, i, r"= (-?\d+) \+ (-?\d+) =", r"= \2 + \1 ="), "retrieval", "not the values of the letters"
+
+    def words_in_the_equation(problem, steps, text, rng):
+        return edit(text, rng.randrange(len(steps)), r" = ", " = about "), "format", "cannot be read"
+
+    def reflection_on_unlocked(problem, steps, text, rng):
+        i = rng.choice([i for i, s in enumerate(steps) if problem.nodes[s.node].parents])
+        bad = data.open_step(problem, steps[i].node, steps[i].letter, rng)._replace(missing=problem.nodes[steps[i].node].parents[:1])
+        return data.write_response(problem, steps[:i] + [bad] + steps[i:]), "order", "which can be solved"
+
+    def reflection_naming_solved(problem, steps, text, rng):
+        for i, s in enumerate(steps):
+            parents, solved = problem.nodes[s.node].parents, {t.node for t in steps[:i - 1]}
+            if len(parents) > 1 and solved & set(parents) and not solved.issuperset(parents):
+                bad = data.open_step(problem, s.node, s.letter, rng)._replace(missing=parents)
+                return data.write_response(problem, steps[:i - 1] + [bad] + steps[i - 1:]), "order", "other quantities"
+
+    def reflection_naming_too_few(problem, steps, text, rng):
+        for s in steps:
+            if len(problem.nodes[s.node].parents) > 1:
+                bad = data.open_step(problem, s.node, s.letter, rng)._replace(missing=problem.nodes[s.node].parents[1:])
+                return data.write_response(problem, [bad] + steps), "order", "other quantities"
+
+    def analysis_of_another(problem, steps, text, rng):
+        described = [q for q, node in problem.nodes.items() if node.text]
+        i = rng.choice([i for i, s in enumerate(steps) if s.node in described])
+        others = [q for q in described if problem.nodes[q].text != problem.nodes[steps[i].node].text]
+        if others:
+            nodes = problem.nodes | {steps[i].node: problem.nodes[steps[i].node]._replace(text=problem.nodes[rng.choice(others)].text)}
+            steps = steps[:i] + [steps[i]._replace(analysis=True)] + steps[i + 1:]
+            bad = data.write_response(data.Problem("", problem.answer, problem.target, nodes, task=problem.task), steps)
+            return bad, "retrieval", "not the premise"
+
+    def premise_misquoted(problem, steps, text, rng):
+        i = rng.choice([i for i, s in enumerate(steps) if problem.nodes[s.node].text])
+        node = problem.nodes[steps[i].node]
+        wrong = re.sub(r"\d+", lambda m: str(int(m[0]) + 1), node.text)
+        wrong = wrong if wrong != node.text else node.text.replace("sum", "difference") if "sum" in wrong else ""
+        if wrong:
+            nodes = problem.nodes | {node.name: node._replace(text=wrong)}
+            steps = steps[:i] + [steps[i]._replace(analysis=True)] + steps[i + 1:]
+            bad = data.write_response(data.Problem("", problem.answer, problem.target, nodes, task=problem.task), steps)
+            return bad, "retrieval", "not the premise"
+
+    def target_early(problem, steps, text, rng):
+        lines = text.split("\n")
+        lines.insert(1, lines.pop(len(steps)))
+        return "\n".join(lines), "order", "comes before"
+
+    def target_not_last(problem, steps, text, rng):
+        solved = {s.node for s in steps}
+        more = [q for q, node in problem.nodes.items() if q not in solved and solved.issuperset(node.parents)]
+        if more:
+            letter = data.new_letter(problem, more[0], {s.letter for s in steps}, rng)
+            late = data.open_step(problem, more[0], letter, rng)._replace(subgoal=True)
+            return data.write_response(problem, steps + [late]), "order", "the last step is not"
+
+    def target_missing(problem, steps, text, rng):
+        lines = text.split("\n")
+        del lines[len(steps)]
+        return "\n".join(lines), "order", "the last step is not"
+
+    def solved_twice(problem, steps, text, rng):
+        i = rng.randrange(len(steps) - 1)
+        return data.write_response(problem, steps[:i + 1] + steps[i:]), "order", "solved already"
+
+    def not_defined(problem, steps, text, rng):
+        if problem.task == "promptbench":
+            return edit(text, 0, r"solve (\w+), \w+", "solve zzz, zzz"), "retrieval", "does not define"
+        (_, lower), (_, upper), *_ = problem.categories.items()
+        for name in (f"each {o}'s {i}" for o in upper for i in lower):
+            if name not in problem.nodes:
+                return edit(text, 0, r"each .*?'s \w+ \w+", name), "retrieval", "does not define"
+
+    def boxed_wrong(problem, steps, text, rng):
+        return text.replace(f"\\boxed{{{problem.answer}}}", f"\\boxed{{{problem.answer + 1}}}"), "answer", "the boxed answer is not"
+
+    def two_answers(problem, steps, text, rng):
+        return text.replace("</answer>", f"\\boxed{{{problem.answer}}}\n</answer>"), "format", "no single boxed"
+
+    def answer_inside_think(problem, steps, text, rng):
+        return text.replace("</think>", "").replace("</answer>", "</answer>\n</think>"), "format", "no single boxed"
+
+    def steps_after_think(problem, steps, text, rng):
+        text = text.replace("</think>\n<answer>\n", "").replace("<think>\n", "<think>\n</think>\n<answer>\n")
+        return text, "order", "the last step is not"
+
+    def no_answer(problem, steps, text, rng):
+        return text.partition("</think>")[0], "format", "no single boxed"
+
+
+CORRUPTIONS = {name: f for name, f in vars(Corrupt).items() if not name.startswith("_")}
+IGSM_ONLY = {"another_constant", "merged_operation", "letter_reused", "letter_changed"}  # PromptBench: no constants, names are letters, one operation
+
+
+@pytest.fixture(scope="module")
+def sound():
+    """(problem, steps, answer) with subgoals and analyses, all sound."""
+    made = {}
+    for task, options in {"igsm": dict(ops=(8, 14)), "promptbench": dict(task="promptbench")}.items():
+        made[task] = []
+        for problem in problems(1200 if FULL else 60, seed=9, **options):
+            text = inject.inject(problem, problem.response, ("subgoal",), 0)
+            assert data.check_trace(problem, text, subgoal=True).ok
+            made[task].append((problem, data.read_steps(problem, text), text))
+    return made
+
+
+@pytest.mark.parametrize("task", ["igsm", "promptbench"])
+@pytest.mark.parametrize("name", CORRUPTIONS)
+def test_corruption_is_caught(name, task, sound):
+    """An executor that lets this fault pass, or stops at it for another reason."""
+    if task == "promptbench" and name in IGSM_ONLY:
+        return
+    caught, wanted = 0, 200 if FULL else 10
+    for number, (problem, steps, text) in enumerate(sound[task]):
+        made = CORRUPTIONS[name](problem, steps, text, random.Random(number))
+        if made and made[0] != text and caught < wanted:
+            report = data.check_trace(problem, made[0], subgoal=True)
+            assert report.error and report.error.kind in made[1] and made[2] in report.error.reason, (made, report)
+            assert report.error.line <= made[0].count("\n") + 1
+            caught += 1
+    assert caught == wanted
+
+
+def test_executor_survives_anything(sound):
+    """An exception or a hang on what a model writes: cut, spliced and repeated lines, monsters, nested brackets."""
+    rng, slowest = random.Random(4), 0
+    monsters = ["9" * 5000, "(" * 3000 + "1" + ")" * 3000, "*".join(["99999"] * 3000), " * ".join(["9" * 99] * 3000), "(5)", "((5 + (1)))",
+                "- - 5", "", ")(", "= = =", "\x00", "٣", "²", "a" * 5000, "each Old Barn's " * 900, "<0>", "But " * 3000, "x = " * 4000, ". " * 9000]
+    for task in sound:
+        for problem, steps, text in sound[task][:40]:
+            lines = text.split("\n")
+            for _ in range(200 if FULL else 12):
+                words = rng.choice(lines).split(" ")
+                words[rng.randrange(len(words))] = rng.choice(monsters + words)
+                at = rng.randrange(len(lines))
+                bad = "\n".join(rng.choice([lines[:at] + [" ".join(words)] + lines[at + rng.randint(0, 2):],
+                                            lines[:at] + [" ".join(words)] * 40 + lines[at:], rng.sample(lines, len(lines))]))
+                start = time.process_time()
+                data.check_trace(problem, bad)
+                slowest = max(slowest, time.process_time() - start)
+    print(f"\nslowest check: {1e3 * slowest:.1f} ms")
+    assert slowest < .3
+
+
+# ---------------------------------------------------------------------------------------------- reward
+ENDINGS = {  # ending -> reward for the answer -7
+    "</think><answer>\\boxed{-7}</answer>": 1, "x</think>\n<answer>\nThe final answer is \\boxed{-7}.\n</answer>": 1,
+    "<think>x</think><answer>\\boxed{-7}</answer>": 1, "  <think></think> \n <answer> \\boxed{-7} </answer>\n\n": 1,
+    "x</think><answer>7 or 8? \\boxed{-7}!</answer>": 1, "x</think><answer>\\boxed{-07}</answer>": 1,
+    "x</think><answer>\\boxed{7}</answer>": 0, "x</think><answer>\\boxed{--7}</answer>": 0, "x</think><answer>\\boxed{+-7}</answer>": 0,
+    "x</think><answer>\\boxed{- 7}</answer>": 0, "x</think><answer>\\boxed{ -7}</answer>": 0, "x</think><answer>\\boxed{-7 }</answer>": 0,
+    "x</think><answer>\\boxed{-7.0}</answer>": 0, "x</think><answer>\\boxed{-7,0}</answer>": 0, "x</think><answer>\\boxed{−7}</answer>": 0,
+    "x</think><answer>\\boxed{-٧}</answer>": 0, "x</think><answer>\\boxed{-７}</answer>": 0, "x</think><answer>\\boxed{}</answer>": 0,
+    "x</think><answer>\\boxed{-7</answer>": 0, "x</think><answer>boxed{-7}</answer>": 0, "x</think><answer>-7</answer>": 0,
+    "x</think><answer>\\boxed -7</answer>": 0, "x</think><answer>\\boxed{x}</answer>": 0, "x</think><answer>\\boxed{1e1}</answer>": 0,
+    "x</think><answer>\\boxed{-7}\\boxed{-7}</answer>": 0, "x</think><answer>\\boxed{-7} or \\boxed{7}</answer>": 0,
+    "x</think><answer>\\boxed{-7} \\boxed{</answer>": 0, "x</think><answer>\\boxed{\\boxed{-7}}</answer>": 0,
+    "\\boxed{-7}</think><answer>\\boxed{-7}</answer>": 0, "x</think>\\boxed{-7}<answer>\\boxed{-7}</answer>": 0,
+    "x</think><answer>\\boxed{-7}</answer>\\boxed{-7}": 0, "x</think><answer>\\boxed{-7}</answer> so -7": 0,
+    "x</think>so <answer>\\boxed{-7}</answer>": 0, "x</think><answer>\\boxed{-7}": 0, "x</think>\\boxed{-7}</answer>": 0,
+    "x</think>\\boxed{-7}": 0, "x<answer>\\boxed{-7}</answer>": 0, "x<answer>\\boxed{-7}</answer></think>": 0,
+    "<answer>\\boxed{-7}</answer>": 0, "x</think></think><answer>\\boxed{-7}</answer>": 0,
+    "x</think><answer><think></think>\\boxed{-7}</answer>": 0, "<think><think>x</think><answer>\\boxed{-7}</answer>": 0,
+    "x</think><answer><answer>\\boxed{-7}</answer></answer>": 0, "x</think><answer></answer><answer>\\boxed{-7}</answer>": 0,
+    "x</think><answer>\\boxed{-7}</answer></answer>": 0, "<answer>x</think><answer>\\boxed{-7}</answer>": 0,
+    "x</THINK><answer>\\boxed{-7}</answer>": 0, "x</think><answer>\\boxed{-7}</ANSWER>": 0, "x</think><answer>\\BOXED{-7}</answer>": 0,
+    "x</think><answer>\\boxed{-7" + "0" * 6000 + "}</answer>": 0, "x</think><answer>\\boxed{99**98**97}</answer>": 0, "": 0, "</answer>": 0}
+
+
+def test_reward_table():
+    """A reward that pays for a hedge, an echo, a second try or no answer at all."""
+    assert len(ENDINGS) >= 40
+    for ending, wanted in ENDINGS.items():
+        assert data.reward(ending, -7) == wanted, ending
+        assert data.reward(ending, 8) == 0 and type(data.reward(ending, 8)) is float
+
+
+def test_reward_on_noise():
+    """An exception or a slow case of a regular expression: noise of bytes and of the reward's own words, up to 20 kB."""
+    rng, pieces = random.Random(2), ["<think>", "</think>", "<answer>", "</answer>", "\\boxed{", "}", "\\boxed{7}", "-", "7", "\n", " "]
+    hostile = [piece * (20_000 // len(piece)) for piece in pieces] + ["</think><answer>" + "\\boxed{" + "7" * 20_000 + "}</answer>"]
+    worst = 0
+    for n in range(200_000 if FULL else 6000):
+        size = 20_000 if n % 100 == 0 else rng.randint(0, 300)
+        text = rng.randbytes(size).decode("utf-8", "replace") if n % 2 else "".join(rng.choices(pieces, k=size // 5))
+        text = hostile[n] if n < len(hostile) else text
+        start = time.process_time()
+        assert data.reward(text, 7) in (0.0, 1.0)
+        worst = max(worst, time.process_time() - start) if size == 20_000 or n < len(hostile) else worst
+    print(f"\nslowest reward at 20 kB: {1e3 * worst:.2f} ms")
+    assert min(timed(text) for text in hostile) < 1e-3 and max(timed(text) for text in hostile) < 1e-3
+
+
+def timed(text):
+    """Best of five: other processes share the machine."""
+    times = []
+    for _ in range(5):
+        start = time.process_time()
+        data.read_answer(text)
+        times.append(time.process_time() - start)
+    return min(times)
+
+
+# ------------------------------------------------------------------------------------------- the command
+GOOD = '{"question": "What is the value of ab?", "answer": 1, "task": "promptbench"}\n'
+
+
+@pytest.mark.parametrize("content, line", [
+    ("", "holds no problem"), ("\n\n", "holds no problem"), (GOOD + "{oops\n", "line 2"), (GOOD + "[1]\n", "line 2"), ("[" * 100_000, "line 1"),
+    ('{"question": "x"}\n', "'answer'"), ('{"question": "x", "answer": true}\n', "'answer'"), ('{"question": "x", "answer": "7"}\n', "'answer'"),
+    ('{"question": 3, "answer": 7}\n', "'question'"), ('{"question": "x", "answer": 7, "response": 3}\n', "'response'"),
+    ('{"question": "x", "answer": 7, "categories": {"a": "b"}}\n', "'categories'"), ('{"question": "x", "answer": 7, "task": []}\n', "'task'"),
+    ('{"question": "x", "answer": ' + "7" * 5000 + "}\n", "line 1"), ('{"question": "x", "answer": 7, "ops": "a"}\n', "'ops'"),
+    (b"\xff\xfe\x00", "UTF-8"), (None, "No such file")])
+def test_bad_files(content, line, tmp_path):
+    """A traceback, or a message that does not say which file and line."""
+    path = tmp_path / "file.jsonl"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(data.InputError, match=line) as error:
+        data.read_problems(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("arguments, word", [
+    (["--ops", 9, 3], "--ops 9 3"), (["--ops", 9], "--ops"), (["--wurst"], "--wurst"), (["--n", 0], "--n"), (["--seed", -1], "--seed"),
+    (["--task", "gsm8k"], "--task"), (["--task", "promptbench", "--redundancy", 9, 3], "--redundancy 9 3"), (["--out", "no/where.jsonl"], "no/where.jsonl")])
+def test_bad_flags(arguments, word, script):
+    """A traceback, a silent default, or a message that does not name the flag."""
+    done = script("data.py", *arguments)
+    assert done.returncode == 2 and word in done.stderr and "Traceback" not in done.stderr and not done.stdout
+
+
+def test_without_arguments(script):
+    """The first thing a reader runs does not show the problem, its graph and its answer."""
+    done = script("data.py")
+    assert done.returncode == 0 and "How many" in done.stdout and " +-- each " in done.stdout and "</answer>" in done.stdout

@@ -1,0 +1,179 @@
+"""Injected answers: every one is sound, holds the behaviors at the rate that was asked for, and changes nothing else.
+
+BRIDGE_FULL=1 runs the same tests over 2,000 problems a setting and prints the figures; with -s they are shown."""
+import doctest, json, os, random, re
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+import data, inject
+from test_data import SETTINGS, script
+
+FULL = bool(os.environ.get("BRIDGE_FULL"))
+N = 2000 if FULL else 80
+
+
+@pytest.fixture(scope="module")
+def problems():
+    return {name: list(islice(data.generate(seed=6, **options), N)) for name, options in SETTINGS.items()}
+
+
+def plain_steps(problem, response):
+    """(node, letter) of each step that is not a reflection."""
+    return [(step.node, step.letter) for step in data.read_steps(problem, response) if not step.missing]
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_trace_is_sound(name, problems):
+    """An edit that breaks the answer it edits, for any method; a copy that repeats another or changes the problem."""
+    total = Counter()
+    for problem in problems[name]:
+        for method, options in [("vanilla", {}), ("bridge", {}), ("bridge", dict(p=0.5)), ("bridge", dict(official=True, p=0.3)),
+                                ("pp-aug", {}), ("rc-aug", {})]:
+            examples = inject.augment(problem, method, **options)
+            assert len(examples) == len(set(examples)) and (method == "bridge" or examples[0] == (problem.question, problem.response))
+            for question, response in examples:
+                read = data.read_question(question, problem.categories)
+                report = data.check_trace(read, response, subgoal=method == "bridge")
+                assert report.ok, (response, report)
+                assert (read.answer, read.nodes) == (problem.answer, problem.nodes)
+                assert data.fingerprint(question) == data.fingerprint(problem.question)
+                assert method == "bridge" or report.reflections == report.analyses == report.subgoals == report.redundant == 0
+                if "official" in options:
+                    total["early"] += report.redundant
+                elif method == "bridge":
+                    assert plain_steps(problem, response) == plain_steps(problem, problem.response)
+            total[method] += len(examples)
+            if method == "pp-aug":
+                assert len(examples) == 4 or len(problem.nodes) < 5
+    assert total["early"] > 0
+    print(f"\n{name}: sound traces {dict(total)}")
+
+
+def test_rc_aug_finds_every_order():
+    """Fewer copies than the problem has orders: here eight, the sum after its two summands among four steps."""
+    question = "\n".join(["The value of aab is 1.", "The value of aac is 2.", "The value of aad is 3.",
+                          "aae gets its value by adding together the value of aab and aac.",
+                          "aaf gets its value by multiplying together the value of aae and aad.", "What is the value of aaf?"])
+    problem = data.read_question(question)
+    steps = [data.open_step(problem, q, q, random.Random(0)) for q in data.needed_nodes(problem.nodes, "aaf")]
+    problem.response = data.write_response(problem, steps)
+    for copies, distinct in ((1, 1), (4, 4), (8, 8), (50, 8)):
+        assert len(inject.augment(problem, "rc-aug", copies=copies)) == distinct
+
+
+@pytest.mark.parametrize("p", [0, .1, .3, 1])
+def test_rates_are_p(p, problems):
+    """A p that is applied to half the steps, twice, or to steps that have nothing locked: within 4 standard errors."""
+    for name, chosen in problems.items():
+        possible, seen = Counter(), Counter()
+        for problem in chosen:
+            report = data.check_trace(problem, inject.augment(problem, "bridge", p=p)[0][1])
+            seen.update(reflections=report.reflections, analyses=report.analyses)
+            solved = set()
+            for node, _ in plain_steps(problem, problem.response):
+                possible["reflections"] += any(set(n.parents) - solved for n in problem.nodes.values())
+                possible["analyses"] += problem.nodes[node].text != ""
+                solved.add(node)
+        for kind, n in possible.items():
+            print(f"\n{name}, p {p}: {kind} at {seen[kind] / n:.4f} of {n} steps", end="")
+            assert abs(seen[kind] - p * n) <= 4 * (n * p * (1 - p)) ** .5
+
+
+@pytest.mark.parametrize("behaviors", [(), ("analysis",), ("reflection",), ("subgoal",), ("subgoal", "analysis", "reflection")])
+def test_each_behavior_has_its_switch(behaviors, problems):
+    """A switch that does nothing, or that brings another behavior along; p = 0 that still changes the answer."""
+    for chosen in problems.values():
+        counts = Counter()
+        for problem in chosen[:20]:
+            assert inject.inject(problem, problem.response, [b for b in behaviors if b != "subgoal"], 0) == problem.response
+            report = data.check_trace(problem, inject.inject(problem, problem.response, behaviors, 1))
+            counts.update(subgoal=report.subgoals, analysis=report.analyses, reflection=report.reflections)
+        assert {name for name, k in counts.items() if k} == set(behaviors)
+
+
+def test_official_departs_as_the_released_code_does(problems):
+    """--official that draws as the paper does: analyses depend on the in-degree, reflections solve nodes early."""
+    seen, early = {k: Counter() for k in range(5)}, 0
+    for problem in problems["ops 20"] + problems["ops 25"]:
+        for seed in range(1 if FULL else 5):
+            (_, text), = inject.augment(problem, "bridge", p=.3, official=True, seed=seed)
+            for step in data.read_steps(problem, text):
+                node = problem.nodes[step.node]
+                if node.text:
+                    seen[node.degree if node.parents else 0][bool(step.analysis)] += 1
+            early += plain_steps(problem, text) != plain_steps(problem, problem.response)
+    for parents, p in enumerate((0, .1, .4, .8, 1)):
+        n = sum(seen[parents].values())
+        assert n > 20 and abs(seen[parents][True] - p * n) <= 4 * (n * p * (1 - p)) ** .5
+    assert early > 0
+
+
+def test_a_problem_is_edited_alike_wherever_it_stands(problems):
+    """Edits that depend on the order of the file or on how many were edited before; a seed that changes nothing."""
+    first, second = problems["ops 15-20"][:2]
+    alone = inject.augment(second, "bridge")
+    inject.augment(first, "bridge")
+    assert inject.augment(second, "bridge") == alone != inject.augment(second, "bridge", seed=1)
+
+
+def test_letters_may_run_out():
+    """A crash where a problem has more quantities than there are letters and every step reflects."""
+    for problem in islice(data.generate(ops=(30, 30), size=(28, 30)), 40):
+        assert data.check_trace(problem, inject.inject(problem, problem.response, p=1)).ok
+    few = [step.letter for step in data.read_steps(problem, problem.response)]
+    assert data.new_letter(problem, problem.target, data.LETTERS, random.Random(0)) is None and len(set(few)) == len(few)
+
+
+def test_knows_no_grammar():
+    """A word of either task's texts in inject.py: the behaviors are defined on the graph."""
+    code = Path(inject.__file__).read_text().partition('"""\nimport')[2]
+    assert code and not re.search(r"igsm|promptbench|LETTERS|categories|The number|Let's|equals|gets its|must be known", code)
+
+
+def test_doctests():
+    """The marks in the view without arguments stand where something was added."""
+    result = doctest.testmod(inject)
+    assert result.attempted and not result.failed
+
+
+# ------------------------------------------------------------------------------------------- the command
+@pytest.mark.parametrize("flags", [("--ops", 10, 12), ("--task", "promptbench")])
+def test_from_file_to_file(flags, script, tmp_path):
+    """A record that loses a field on its way through the two commands, or examples that the reader refuses."""
+    assert script("data.py", *flags, "--n", 20, "--out", "train.jsonl").returncode == 0
+    plain = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    problems = data.read_problems(tmp_path / "train.jsonl", graph=True)
+    for method in ("vanilla", "bridge", "pp-aug", "rc-aug"):
+        count = sum(len(inject.augment(problem, method)) for problem in problems)
+        done = script("inject.py", "train.jsonl", "--method", method, "--out", f"{method}.jsonl")
+        assert done.returncode == 0 and f"{count} examples" in done.stdout
+        records = [json.loads(line) for line in (tmp_path / f"{method}.jsonl").read_text().splitlines()]
+        assert len(data.read_problems(tmp_path / f"{method}.jsonl", graph=True)) == count
+        assert count == 20 or 40 < count <= 80
+        assert all(record.keys() == plain[0].keys() for record in records)
+        assert method != "vanilla" or records == plain
+
+
+@pytest.mark.parametrize("content, flags, word", [
+    ("{oops\n", ["--out", "o"], "train.jsonl, line 1"), ("", ["--out", "o"], "train.jsonl"), (None, ["--out", "o"], "train.jsonl"),
+    ('{"question": "What is the value of ab?", "answer": 1, "task": "promptbench"}', ["--out", "o"], "line 1"),
+    ('{"question": "The value of ab is 1.\\nWhat is the value of ab?", "answer": 2, "task": "promptbench"}', ["--out", "o"], "not 2"),
+    ('{"question": "The value of ab is 1.\\nWhat is the value of ab?", "answer": 1, "task": "promptbench"}', ["--out", "o"], "does not hold"),
+    ('{"question": "x", "answer": 1}', ["--out", "o", "--p", "2"], "--p"), ('{"question": "x", "answer": 1}', [], "--out"),
+    ('{"question": "x", "answer": 1}', ["--wurst"], "--wurst"), ('{"question": "x", "answer": 1}', ["--method", "ppaug"], "--method")])
+def test_bad_input(content, flags, word, script, tmp_path):
+    """A traceback, or a half-written file beside a message that does not name the fault."""
+    if content is not None:
+        (tmp_path / "train.jsonl").write_text(content)
+    done = script("inject.py", "train.jsonl", *flags)
+    assert done.returncode == 2 and word in done.stderr and "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("o*"))
+
+
+def test_without_arguments(script):
+    """The first thing a reader runs does not show a plain answer beside its injected one."""
+    done = script("inject.py")
+    assert done.returncode == 0 and "--- plain" in done.stdout and re.search(r"\[- .* has to wait\.\]", done.stdout)
