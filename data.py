@@ -1133,7 +1133,7 @@ def draw_picture(problem):
 
 
 # What the embedded tiny model is trained and tested on (README, "The default"); its OOD test takes more operations.
-TINY, TINY_OOD = dict(ops=(4, 6), max_value=100), (7, 9)
+TINY, TINY_OOD = dict(ops=(2, 4), max_value=100), (5, 6)
 
 
 def add_problem_flags(parser):

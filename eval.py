@@ -125,7 +125,7 @@ def main():
     add("--ckpt", nargs="+", help="checkpoints, one row each; default: sft.pt, else the tiny base")
     add("--data", nargs="+", help="JSONL files; default: fresh held-out problems in (id) and out of (ood) distribution")
     data.add_problem_flags(parser)
-    add("--ood", type=int, nargs=2, metavar=("LO", "HI"), help="operations of the ood split; default: up to 3 more than --ops")
+    add("--ood", type=int, nargs=2, metavar=("LO", "HI"), help="what is harder in the ood split: igsm, operations (default: up to 3 more); promptbench, redundancy (20 22)")
     add("--n", type=int, default=300, help="fresh problems a split")
     add("--max-new-tokens", type=int, default=512)
     add("--samples", type=int, default=0, help="also k rollouts a problem at temperature 1")
@@ -149,11 +149,13 @@ def main():
     if args.data:
         splits = {path: data.read_problems(path) for path in args.data}
     else:
-        ood = args.ood or (data.TINY_OOD if args.ops is None else [min(30, options["ops"][1] + more) for more in (1, 3)])
-        if not 1 <= ood[0] <= ood[1] <= 30:
-            raise data.InputError(f"--ood {ood[0]} {ood[1]}: give a low and a high number with 1 <= low <= high <= 30")
+        if args.task == "igsm":
+            ood = args.ood or (data.TINY_OOD if args.ops is None else [min(30, options["ops"][1] + more) for more in (1, 3)])
+            harder = options | {"ops": tuple(ood)}
+        else:
+            harder = options | {"redundancy": tuple(args.ood or (20, 22))}
         splits = {name: list(itertools.islice(data.generate(seed=args.seed, split="test", **chosen), args.n))
-                  for name, chosen in (("id", options), ("ood", options | {"ops": tuple(ood)}))}
+                  for name, chosen in (("id", options), ("ood", harder))}
     names = [sample.default_checkpoint(name) for name in args.ckpt or [None]]
     results = []
     for name in names:

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import data, sample, sft
 
-PRESETS = {"tiny": dict(lr=2e-4, prompts=16, n=8, steps=120, max_new_tokens=320, beta=1e-3),
+PRESETS = {"tiny": dict(lr=2e-4, prompts=16, n=8, steps=200, max_new_tokens=256, beta=1e-3),
            "paper": dict(lr=1e-6, prompts=32, n=32, steps=200, max_new_tokens=2560, beta=1e-3)}
 COLUMNS = ("step reward accuracy all_wrong mixed all_right kl clip_frac entropy mean_tokens cut_rate grad_norm drift_mean "
            "drift_max tokens_per_s s_sample s_score s_train val_accuracy val_n").split()
@@ -187,10 +187,10 @@ def main():
     problems.add_argument("--data", help="JSONL of problems; default: fresh ones, never the same twice")
     data.add_problem_flags(problems)
     add = parser.add_argument_group("rollouts").add_argument
-    add("--steps", type=int, help="default: 120 for a tiny model, else 200")
+    add("--steps", type=int, help="default: 200")
     add("--prompts", type=int, help="problems a step; default: 16 for a tiny model, else 32")
     add("--n", type=int, help="rollouts a problem; default: 8 for a tiny model, else 32")
-    add("--max-new-tokens", type=int, help="default: 320 for a tiny model, else 2560")
+    add("--max-new-tokens", type=int, help="default: 256 for a tiny model, else 2560")
     add("--temperature", type=float, default=1.0)
     add = parser.add_argument_group("loss").add_argument
     add("--lr", type=float, help="default: 2e-4 for a tiny model, else 1e-6")
@@ -205,7 +205,7 @@ def main():
     add("--max-grad-norm", type=float, default=1.0)
     add("--micro-tokens", type=int, default=4096, help="tokens in one forward pass: lower it when memory runs out")
     add = parser.add_argument_group("watching").add_argument
-    add("--eval-every", type=int, default=20, help="steps between measurements of greedy accuracy on held-out problems; 0: never")
+    add("--eval-every", type=int, default=25, help="steps between measurements of greedy accuracy on held-out problems; 0: never")
     add("--eval-n", type=int, default=100, help="how many held-out problems")
     add("--patience", type=int, default=30, help="stop after so many steps without a mixed group")
     args = parser.parse_args()
@@ -243,7 +243,7 @@ def main():
     held_out = list(itertools.islice(data.generate(seed=args.seed, split="val", **options), args.eval_n if args.eval_every else 0))
     stream = problem_stream(args, start=first * args.prompts)
     print(sample.describe(policy))
-    source = args.data or "fresh, ops {}-{}".format(*options["ops"])
+    source = args.data or "fresh, " + ", ".join(f"{k} {v}" for k, v in options.items() if v is not None)
     print(f"{args.steps} steps of {args.prompts} problems x {args.n} rollouts ({source}), "
           f"at most {args.max_new_tokens} new tokens; lr {args.lr}, beta {args.beta}; writes {args.out} and {csv_file}")
 

@@ -37,7 +37,7 @@ def test_table_and_json(script, tmp_path, tiny_file):
 
 @pytest.mark.parametrize("arguments, words", [
     (["--ckpt", "nowhere.pt"], ["nowhere.pt"]), (["--ckpt", "cut.pt"], ["cut.pt"]), (["--ckpt", "foreign.pt"], ["foreign.pt"]),
-    (["--data", "empty.jsonl"], ["empty.jsonl"]), (["--plot", "x.png"], ["--samples"]), (["--ood", "9", "3"], ["9 3"]),
+    (["--data", "empty.jsonl"], ["empty.jsonl"]), (["--plot", "x.png"], ["--samples"]), (["--ood", "9", "3"], ["--ops 9 3"]),
     (["--max-new-tokens", "5000"], ["--max-new-tokens", "2048"]), (["--sample", "3"], ["--sample"])])
 def test_bad_input_is_one_sentence(script, tmp_path, tiny_file, arguments, words):
     """Bug: a traceback for a missing, truncated or foreign checkpoint, an empty file, a prompt beyond the context."""
