@@ -19,7 +19,7 @@ Departures from the paper and notes on it:
    acts, and the value of the loss is about 0. Its gradient is not: d ratio = d log pi. `--epochs 2` makes the clip act;
 2. k3 inside the loss is a biased estimate of the KL's gradient (low variance, small at small beta); we follow the paper;
 3. groups without variance still carry the KL's gradient, as in the paper (its DAPO variant would drop them);
-4. for the tiny model, learning rate and batch are its own (PRESETS below).
+4. for the tiny model, batch and learning rate are its own, and the latter decays at the end (PRESETS below).
 """
 import argparse, copy, itertools, os, sys, time
 
@@ -28,8 +28,8 @@ from tqdm import tqdm
 
 import data, sample, sft
 
-PRESETS = {"tiny": dict(lr=2e-4, prompts=16, n=8, steps=200, max_new_tokens=256, beta=1e-3),
-           "paper": dict(lr=1e-6, prompts=32, n=32, steps=200, max_new_tokens=2560, beta=1e-3)}
+PRESETS = {"tiny": dict(lr=2e-4, lr_decay=0.3, prompts=16, n=8, steps=220, max_new_tokens=256, beta=1e-3),
+           "paper": dict(lr=1e-6, lr_decay=0.0, prompts=32, n=32, steps=200, max_new_tokens=2560, beta=1e-3)}
 COLUMNS = ("step reward accuracy all_wrong mixed all_right kl clip_frac entropy mean_tokens cut_rate grad_norm drift_mean "
            "drift_max tokens_per_s s_sample s_score s_train val_accuracy val_n").split()
 
@@ -187,13 +187,14 @@ def main():
     problems.add_argument("--data", help="JSONL of problems; default: fresh ones, never the same twice")
     data.add_problem_flags(problems)
     add = parser.add_argument_group("rollouts").add_argument
-    add("--steps", type=int, help="default: 200")
+    add("--steps", type=int, help="default: 220 for a tiny model, else 200")
     add("--prompts", type=int, help="problems a step; default: 16 for a tiny model, else 32")
     add("--n", type=int, help="rollouts a problem; default: 8 for a tiny model, else 32")
     add("--max-new-tokens", type=int, help="default: 256 for a tiny model, else 2560")
     add("--temperature", type=float, default=1.0)
     add = parser.add_argument_group("loss").add_argument
     add("--lr", type=float, help="default: 2e-4 for a tiny model, else 1e-6")
+    add("--lr-decay", type=float, help="share of the steps, at the end, in which lr falls to 0; default: 0.3 for a tiny model, else 0")
     add("--beta", type=float, help="KL coefficient, default 1e-3")
     add("--kl", choices=["k1", "k2", "k3"], default="k3", help="KL estimator")
     add("--clip", type=float, default=0.2)
@@ -214,6 +215,8 @@ def main():
     for flag in ("steps", "prompts", "n", "max_new_tokens", "temperature", "lr", "epochs", "micro_tokens", "save_every", "patience"):
         if getattr(args, flag) is not None and getattr(args, flag) <= 0:
             raise data.InputError(f"--{flag.replace('_', '-')} must be above 0")
+    if args.lr_decay is not None and not 0 <= args.lr_decay <= 1:
+        raise data.InputError(f"--lr-decay {args.lr_decay}: must lie in 0 ... 1")
     if args.n == 1:
         raise data.InputError("--n 1: a group of one rollout has no advantage; give at least 2")
 
@@ -257,6 +260,8 @@ def main():
             start = time.time()
             examples, sampled, rewards, stops = roll_out(policy, list(itertools.islice(stream, args.prompts)), args, step)
             s_sample = time.time() - start
+            left = (args.steps - step + 1) / (args.lr_decay * args.steps) if args.lr_decay else 1.0
+            optimizer.adam.param_groups[0]["lr"] = args.lr * min(1.0, left)
             row = train_step(policy, reference, optimizer, examples, sampled, rewards, args)
             solved, tokens = rewards.mean(dim=1), sum(len(response) for _, response in examples)
             row.update(step=step, reward=rewards.mean().item(), accuracy=rewards.mean().item(), s_sample=s_sample,

@@ -11,7 +11,7 @@ token that equals the end token would otherwise hide the end, and generation wou
 is trained. The first half of this file is shared with grpo.py: batches, log-probs, the optimizer, the log.
 
 Where we depart from the paper:
-1. for the tiny model, batch, learning rate and epochs are its own (PRESETS below); for every other model they are the paper's;
+1. for the tiny model, batch, learning rate, epochs and p are its own (PRESETS below); for every other model they are the paper's;
 2. the loss is averaged over the tokens of the whole batch, so it does not depend on how the batch is cut into micro-batches;
 3. `--model scratch` has no counterpart in the paper, which starts from pretrained models.
 """
@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 import data, inject, sample
 
 # The paper's settings (its Table 4), and ours for a model a thousand times smaller.
-PRESETS = {"tiny": dict(lr=1e-3, batch=32, epochs=1), "paper": dict(lr=5e-6, batch=128, epochs=5)}
+PRESETS = {"tiny": dict(lr=1e-3, batch=32, epochs=1, p=0.3), "paper": dict(lr=5e-6, batch=128, epochs=5, p=0.1)}
 
 
 # --------------------------------------------------------------------------------- shared with grpo.py
@@ -369,7 +369,7 @@ def main():
     data.add_problem_flags(parser)
     add("--method", choices=["vanilla", "bridge", "pp-aug", "rc-aug"], default="bridge", help="answers of the fresh problems")
     add("--behaviors", nargs="*", choices=inject.BEHAVIORS, default=inject.BEHAVIORS)
-    add("--p", type=float, default=0.1, help="injection probability of analysis and reflection")
+    add("--p", type=float, help="injection probability of analysis and reflection; default: 0.3 for a tiny model, else 0.1")
     add("--n", type=int, default=2000, help="fresh problems")
     add("--lr", type=float, help="default: 1e-3 for a tiny model, else the paper's 5e-6")
     add("--batch", type=int, help="examples a step; default: 32 for a tiny model, else 128")
@@ -388,7 +388,7 @@ def main():
     for flag in ("n", "batch", "epochs", "max_length", "micro_tokens", "tokens", "width", "layers", "heads", "lr"):
         if getattr(args, flag) is not None and getattr(args, flag) <= 0:
             raise data.InputError(f"--{flag.replace('_', '-')} must be above 0")
-    if not 0 <= args.p <= 1:
+    if args.p is not None and not 0 <= args.p <= 1:
         raise data.InputError("--p must lie in 0 ... 1")
     check_out(args.out)
     args.command = " ".join(["python", "sft.py", *sys.argv[1:]])
