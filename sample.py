@@ -975,14 +975,11 @@ def greedy_accuracy(policy, problems, max_new_tokens=512, max_batch=None):
 # 6. Command
 # ---------------------------------------------------------------------------------------------------------------------------
 def colour(text):
-    """Mark the injected behaviors for a terminal: reflections yellow, analyses cyan, chains of subgoals green."""
+    """Mark the injected behaviors for a terminal: reflections yellow, analyses cyan, one operation per "=" green."""
+    waits, equals = data.REFLECTION.rpartition("}")[2], data.ANALYSIS.partition("{")[0]
     lines = []
     for line in text.split("\n"):
-        code = ""
-        if line.strip() and not line.startswith(("- ", "<", "The final")):
-            code = "33"                                      # a line of its own that is no step: a reflection
-        elif line.startswith("- ") and line.count("=") > 3:
-            code = "32"                                      # letters = numbers = ... = value: one operation per "="
+        code = "33" if line.endswith(waits) else "36" if equals in line else "32" if line.count(" = ") > 3 else ""
         lines.append(f"\033[{code}m{line}\033[0m" if code else line)
     return "\n".join(lines)
 
