@@ -10,7 +10,7 @@ everything trained on). Beside every accuracy stand its 95% interval and the sco
 most frequent answer: iGSM's answers are so skewed that this alone can look like a trained model.
 
 With --samples k, k rollouts of each problem at temperature 1 show what GRPO will find: the shares of problems where
-all rollouts fail, some succeed, or all succeed. Only the middle ones carry a gradient (paper, Figure 2).
+all rollouts fail, some succeed, or all succeed. Only the middle ones carry a gradient.
 """
 import argparse, csv, itertools, json, math, os
 from collections import Counter

@@ -55,8 +55,8 @@ def group_advantages(rewards, std=True, eps=1e-6):
 
 
 def kl_estimate(logprob, ref_logprob, kind="k3"):
-    """Per-token estimate of KL(pi || pi_ref) from tokens drawn from pi; d = log pi_ref - log pi. All unbiased or nearly so:
-    k1 = -d (can be negative), k2 = d^2 / 2, k3 = exp(d) - d - 1 (never negative, low variance)."""
+    """Per-token estimate of KL(pi || pi_ref) from tokens drawn from pi; d = log pi_ref - log pi:
+    k1 = -d (unbiased, can be negative), k2 = d^2 / 2 (biased), k3 = exp(d) - d - 1 (unbiased, never negative)."""
     d = ref_logprob - logprob
     if kind == "k1":
         return -d
@@ -167,7 +167,7 @@ def train_step(policy, reference, optimizer, examples, sampled, rewards, args):
                     if k in ref:
                         sums["kl"] += kl_estimate(now, ref[k])[mask].sum().item() / tokens
                 ratio = (now - before).exp()[mask]
-                outside = (ratio < 1 - args.clip) | (ratio > 1 + (args.clip_high or args.clip))
+                outside = (ratio < 1 - args.clip) | (ratio > 1 + (args.clip if args.clip_high is None else args.clip_high))
                 sums["clip_frac"] += outside.sum().item() / tokens / args.epochs
         grad_norm = optimizer.step(clip=args.max_grad_norm)
     return dict(sums, loss=loss, drift_max=drift_max, grad_norm=grad_norm, s_score=scored - start, s_train=time.time() - scored)

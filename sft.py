@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 import data, inject, sample
 
-# The paper's settings (its Table 4), and ours for a model a thousand times smaller.
+# The paper's settings, and ours for a model a thousand times smaller.
 PRESETS = {"tiny": dict(lr=1e-3, batch=32, epochs=1, p=0.3), "paper": dict(lr=5e-6, batch=128, epochs=5, p=0.1)}
 
 
