@@ -229,38 +229,32 @@ def tiny_policy(width, layers, heads, seed):
 
 
 def draw_sum(rng):
-    """A line of arithmetic, "7 + 24 = 31.", of the shapes that the premises produce."""
-    small, number = (lambda: rng.randint(0, 9)), (lambda: rng.randint(-30, 99) if rng.random() < 0.15 else rng.randint(0, 40))
-    shape = rng.random()
-    if shape < 0.25:
-        formula = (small(), "*", rng.randint(0, 30))
-    elif shape < 0.35:
-        formula = (small(), "*", "(", number(), rng.choice("+-"), number(), ")")
-    elif shape < 0.42:
-        formula = (small(), "*", small(), "+", small(), "*", small())
-    else:
-        formula = (rng.choice((small, number))(),)
-        for symbol in ("-",) if shape < 0.6 else "+" * rng.choice((1, 1, 1, 2, 3)):
-            formula += (symbol, number())
+    """A line of arithmetic with one operation, "7 + 24 = 31."."""
+    small, number = rng.randint(0, 9), rng.randint(-30, 99) if rng.random() < 0.15 else rng.randint(0, 99)
+    symbol = rng.choice("*++-")
+    formula = (small, "*", rng.randint(0, 99 // max(small, 1))) if symbol == "*" else (rng.choice((small, rng.randint(0, 99))), symbol, number)
     return f"{data.show(formula)} = {data.evaluate(formula)}."
 
 
 def pretraining_text(rng, progress, ops, max_value):
     """One (question, response) of what the base model reads, from short to long as `progress` goes from 0 to 1.
 
-    Plain answers to easy problems; premises repeated in another order, which is pure retrieval and the skill that
-    takes longest to learn; and sums. None of the injected behaviors occurs."""
+    Plain answers to easy problems, where every step has one operation; premises repeated in another order, which is
+    pure retrieval and the skill that takes longest to learn; and sums. None of the injected behaviors occurs, and no
+    step with two operations: how to take those is what SFT teaches, in one go or one by one."""
     kind, grown = rng.random(), min(1.0, 2 * progress)
-    retrieval = 0.9 if progress < 0.12 else 0.45  # retrieval first: everything else rests on it
+    retrieval = 0.9 if progress < 0.12 else 0.45 if progress < 0.4 else 0.3  # retrieval first: everything else rests on it
     if kind < 0.1:
         return SUMS, "\n".join(["<think>", *(draw_sum(rng) for _ in range(12))])
     if kind < retrieval:
         wanted = rng.randint(2, 4 + round(10 * grown))
         options = dict(ops=(1, wanted), size=(wanted, wanted), max_answer=10**9)
     else:
-        options = dict(ops=(ops[0], ops[0] + round((ops[1] - ops[0]) * grown)), max_value=max_value)
+        wanted = rng.randint(ops[0], ops[0] + round((ops[1] - ops[0]) * grown))
+        options = dict(ops=(wanted, wanted), max_value=max_value)
     problem = ""
-    while isinstance(problem, str) or data.split_of(problem.question) != "train":
+    while (isinstance(problem, str) or data.split_of(problem.question) != "train" or kind >= retrieval and
+           any(problem.nodes[q].operations > 1 for q in data.needed_nodes(problem.nodes, problem.target))):
         problem = data.draw_problem(rng, **options)
     if kind >= retrieval:
         return problem.question, problem.response
