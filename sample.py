@@ -624,7 +624,7 @@ class Decoder:
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.dim = getattr(config, "head_dim", None) or config.hidden_size // self.heads
         # Zeros, not empty: a masked column is multiplied by 0, and 0 * NaN is NaN.
-        self.kv = torch.zeros(config.num_hidden_layers, 2, rows, length, self.kv_heads, self.dim, dtype=weight.dtype, device=self.device)
+        self.kv = torch.zeros(config.num_hidden_layers, 2, rows, self.kv_heads, length, self.dim, dtype=weight.dtype, device=self.device)
         rotary = body.rotary_emb                             # inv_freq carries Llama 3's scaling
         angle = torch.arange(length, device=self.device)[:, None] * rotary.inv_freq.float()
         cos, sin = angle.cos() * rotary.attention_scaling, angle.sin() * rotary.attention_scaling
@@ -684,20 +684,20 @@ class Decoder:
         cache = []
 
         def attend(i, q, k, v):                              # (P, T, heads, D)
-            cache.append(torch.stack((k, v)))
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))                                           # (P, heads, T, D)
+            cache.append(torch.stack((k, v)))
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
 
         self.transformer(F.embedding(ids.to(self.device), self.embedding), self.cos[:T, None], self.sin[:T, None], attend)
-        cache = torch.stack(cache)                           # (layers, 2, P, T, kv_heads, D)
-        return [cache[:, :, i, :len(prompt) - 1] for i, prompt in enumerate(prompts)]
+        cache = torch.stack(cache)                           # (layers, 2, P, kv_heads, T, D)
+        return [cache[:, :, i, :, :len(prompt) - 1] for i, prompt in enumerate(prompts)]
 
     def place(self, slot, kv):
         """Copy a prompt's keys and values into the slot of one of its rows."""
-        self.kv[:, :, slot, :kv.shape[2]] = kv
+        self.kv[:, :, slot, :, :kv.shape[3]] = kv
 
     def move(self, source, target, length):
-        self.kv[:, :, target, :length] = self.kv[:, :, source, :length]
+        self.kv[:, :, target, :, :length] = self.kv[:, :, source, :, :length]
 
     def step(self, B, T, temperature):
         """Feed each of the first B rows its token, draw the next; only the first T columns of the cache are read.
@@ -706,13 +706,18 @@ class Decoder:
         token, position, key = self.state[:, :B]
         bias = torch.zeros(B, 1, 1, T, dtype=self.kv.dtype, device=self.device)
         bias.masked_fill_((self.column[:T] > position[:, None])[:, None, None], -math.inf)
+        heads, cells = self.kv_heads, self.kv.flatten(2, 4)  # a layer's keys as rows of D numbers, and where the new ones go:
+        cell = ((self.slot[:B, None] * heads + self.column[:heads]) * self.length + position[:, None]).flatten()      # (B kv_heads)
 
         def attend(i, q, k, v):
-            self.kv[i, 0].index_put_((self.slot[:B], position), k)
-            self.kv[i, 1].index_put_((self.slot[:B], position), v)
-            keys, values = self.kv[i, :, :B, :T].transpose(2, 3)                                       # (B, kv_heads, T, D)
-            q = q.view(B, self.kv_heads, -1, self.dim)       # the query heads of one kv head as its queries: nothing is repeated
-            return F.scaled_dot_product_attention(q, keys, values, attn_mask=bias.expand(-1, -1, q.shape[2], -1)).flatten(1, 2)
+            cells[i, 0].index_copy_(0, cell, k.flatten(0, 1))
+            cells[i, 1].index_copy_(0, cell, v.flatten(0, 1))
+            keys, values = self.kv[i, :, :B, :, :T]                                                    # (B, kv_heads, T, D)
+            q = q.view(B, heads, -1, self.dim)               # the query heads of one kv head as its queries: nothing is repeated
+            if q.is_cuda:
+                return F.scaled_dot_product_attention(q, keys, values, attn_mask=bias.expand(-1, -1, q.shape[2], -1)).flatten(1, 2)
+            scores = (keys @ q.mT).mT                        # on a CPU plain products read the cache faster than fused attention
+            return (torch.add(bias, scores, alpha=self.dim ** -0.5).softmax(-1) @ values).flatten(1, 2)
 
         x = self.transformer(F.embedding(token, self.embedding), self.cos[position][:, None], self.sin[position][:, None], attend)
         logits = F.linear(rms_norm(x, self.norm), self.head)                                           # (B, V)
@@ -816,14 +821,19 @@ def batch_size(live):
     return round_up(live, max(1, 2 ** ((live - 1).bit_length() - 3)))
 
 
-def batch_limit(policy, prompt_length, max_new_tokens):
-    """How many rows fit into the free memory. Ask once, at the start of a run, and keep it: the batch shape changes rounding."""
-    model, length = policy.model, round_up(prompt_length + max_new_tokens + 16, 128)
+def cache_bytes(model):
+    """Bytes of keys and values that one token leaves in the cache."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    size = next(model.parameters()).element_size()
-    row = 2 * config.num_hidden_layers * heads * dim * length * size + 8 * config.vocab_size * size          # cache, logits
+    return 2 * config.num_hidden_layers * heads * dim * next(model.parameters()).element_size()
+
+
+def batch_limit(policy, prompt_length, max_new_tokens):
+    """How many rows fit into the free memory. Ask once, at the start of a run, and keep it: the batch shape changes rounding."""
+    model, length = policy.model, round_up(prompt_length + max_new_tokens + 16, 128)
+    logits = 8 * model.config.get_text_config().vocab_size * next(model.parameters()).element_size()
+    row = cache_bytes(model) * length + logits
     if policy.device.type == "cuda":
         free = torch.cuda.mem_get_info(policy.device)[0]
         free += torch.cuda.memory_reserved(policy.device) - torch.cuda.memory_allocated(policy.device)
@@ -835,6 +845,37 @@ def batch_limit(policy, prompt_length, max_new_tokens):
     if limit < 1:
         raise InputError(f"one sequence of {length} tokens needs {row / 1e9:.1f} GB and does not fit; lower --max-new-tokens")
     return limit
+
+
+def machine_ceilings(device):
+    """(bytes/s of a large copy, FLOP/s of a large bf16 product) of this GPU, measured now: the best of 10."""
+    def best(work, function):
+        seconds = []
+        for _ in range(10):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            function()
+            end.record()
+            end.synchronize()
+            seconds.append(start.elapsed_time(end) / 1000)
+        return work / min(seconds)
+    source = torch.zeros(1 << 30, dtype=torch.uint8, device=device)
+    target, square = torch.empty_like(source), torch.randn(8192, 8192, dtype=torch.bfloat16, device=device)
+    return best(2 * source.nbytes, lambda: target.copy_(source)), best(2 * 8192 ** 3, lambda: square @ square)
+
+
+def limit_seconds(policy, prompt_lengths, lengths, bandwidth, flops):
+    """The least time in which this machine can decode rollouts of `lengths` tokens, one prompt length for each, all at once.
+
+    Every step reads each live row's keys and values, and the weights once; or, with many rows, it is held up by the
+    weights' 2 FLOP a row:  sum over steps of  KV bytes / bandwidth + max(weight bytes / bandwidth, 2 P rows / flops).
+    """
+    embedding, head = policy.model.get_input_embeddings().weight, policy.model.get_output_embeddings().weight
+    parameters = sum(p.numel() for p in policy.model.parameters()) - (0 if embedding is head else embedding.numel())
+    read = parameters * head.element_size() / bandwidth
+    rows = torch.tensor(lengths)[:, None].gt(torch.arange(max(lengths))).sum(0)                        # live rows at each step
+    cached = sum(n * prompt + n * (n + 1) / 2 for prompt, n in zip(prompt_lengths, lengths))           # tokens read, all steps
+    return cached * cache_bytes(policy.model) / bandwidth + (2 * parameters * rows / flops).clamp(min=read).sum().item()
 
 
 def _engine(policy, rows, length):
@@ -1001,9 +1042,10 @@ def main():
     source = data.read_problems(args.data) if args.data else data.generate(ops=(2, 5), seed=args.seed, split="test")
     problems = [problem for _, problem in zip(range(args.problems), source)]
     prompts = [encode_prompt(policy.tokenizer, problem.question) for problem in problems]
-    start = time.perf_counter()
-    groups = generate(policy, prompts, args.n, args.max_new_tokens, args.temperature, args.seed)
-    seconds = time.perf_counter() - start
+    for _ in range(2 if policy.device.type == "cuda" else 1):  # the first time, a GPU captures its graphs
+        start = time.perf_counter()
+        groups = generate(policy, prompts, args.n, args.max_new_tokens, args.temperature, args.seed)
+        seconds = time.perf_counter() - start
     show = colour if sys.stdout.isatty() else str
     for problem, group in zip(problems, groups):
         print(f"{problem.question}\n[answer {problem.answer}]\n")
@@ -1011,9 +1053,13 @@ def main():
             text = decode(policy.tokenizer, rollout.tokens)
             print(f"--- reward {data.reward(text, problem.answer):.0f}, {len(rollout.tokens)} tokens, stop: {rollout.stop}\n<think>{show(text)}\n")
     rollouts = [rollout for group in groups for rollout in group]
-    tokens = sum(len(rollout.tokens) for rollout in rollouts)
-    cut = sum(rollout.stop == "length" for rollout in rollouts) / len(rollouts)
-    print(f"{len(rollouts)} rollouts, {tokens} tokens in {seconds:.1f} s = {tokens / seconds:.0f} tokens/s; {cut:.0%} cut at --max-new-tokens")
+    lengths = [len(rollout.tokens) for rollout in rollouts]
+    cut, share = sum(rollout.stop == "length" for rollout in rollouts) / len(rollouts), ""
+    if policy.device.type == "cuda":
+        least = limit_seconds(policy, [len(p) for p in prompts for _ in range(args.n)], lengths, *machine_ceilings(policy.device))
+        share = f" ({least / seconds:.0%} of what this GPU's bandwidth allows for so few rows)"
+    print(f"{len(rollouts)} rollouts, {sum(lengths)} tokens in {seconds:.1f} s = {sum(lengths) / seconds:.0f} tokens/s{share}; "
+          f"{cut:.0%} cut at --max-new-tokens")
 
 
 if __name__ == "__main__":

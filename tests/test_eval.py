@@ -1,5 +1,8 @@
-"""eval.py: intervals, the baseline, and the table's figures."""
+"""eval.py: intervals and tests, the baseline, the table's figures, and the report over seeds."""
+import csv
+import itertools
 import json
+import math
 
 import pytest
 
@@ -13,6 +16,62 @@ def test_wilson(correct, n, low, high):
     assert evaluation.wilson(correct, n) == pytest.approx((low, high), abs=1e-4)
 
 
+@pytest.mark.parametrize("samples, right, k", [(8, [0, 1, 3, 8], 1), (8, [0, 1, 3, 8], 4), (5, [2], 5), (5, [1], 4)])
+def test_pass_at_k(samples, right, k):
+    """Bug: 1 - (1 - c/n)^k, drawn with replacement, is too low. The truth: try every choice of k rollouts."""
+    def truth(c):
+        choices = list(itertools.combinations([1] * c + [0] * (samples - c), k))
+        return sum(any(choice) for choice in choices) / len(choices)
+    value = evaluation.pass_at_k(right, samples, k)
+    assert value == pytest.approx(sum(map(truth, right)) / len(right))
+    assert k in (1, samples) or value > sum(1 - (1 - c / samples) ** k for c in right) / len(right) + 1e-3  # the wrong version
+
+
+def test_mcnemar():
+    """Bugs: counting problems on which both agree; a one-sided p; p above 1. By hand: 9 gained, 2 lost."""
+    hits = [(0, 1)] * 9 + [(1, 0)] * 2 + [(1, 1)] * 50 + [(0, 0)] * 39
+    tail = (1 + 11 + 55) / 2 ** 11
+    assert evaluation.mcnemar(*zip(*hits)) == pytest.approx(2 * tail)
+    assert evaluation.mcnemar([0, 1], [1, 0]) == 1.0 and evaluation.mcnemar([1, 1], [1, 1]) == 1.0
+
+
+def test_t_interval():
+    """Bug: 1.96 in place of Student's 2.776 for five seeds, or the population's standard deviation."""
+    mean, low, high = evaluation.t_interval([0.1, 0.3, 0.2, 0.4, 0.5])
+    assert (mean, low, high) == pytest.approx((0.3, 0.3 - 0.19633, 0.3 + 0.19633), abs=1e-4)
+    assert math.isnan(evaluation.t_interval([0.5])[1])
+
+
+def test_report_pairs_seeds(tmp_path, script):
+    """Bugs: differences of means over other seeds than both methods have; gains mixed up between splits; a cell lost or doubled
+    when a file is written to again."""
+    path = str(tmp_path / "results.csv")
+    def row(method, seed, stage, correct, split="id"):
+        return dict(method=method, seed=seed, stage=stage, split=split, ops="2-4", n=100, correct=correct)
+    rows = [row(method, seed, stage, correct) for method, seed, stage, correct in [
+        ("vanilla", 1, "sft", 40), ("vanilla", 1, "rl", 50), ("bridge", 1, "sft", 40), ("bridge", 1, "rl", 80),
+        ("vanilla", 2, "sft", 30), ("vanilla", 2, "rl", 45), ("bridge", 2, "sft", 45), ("bridge", 2, "rl", 90),
+        ("bridge", 3, "sft", 10), ("bridge", 3, "rl", 99), ("majority", 1, "", 11)]]  # seed 3 has no partner
+    evaluation.write_results(path, rows[:5] + [row("vanilla", 1, "rl", 50, "ood")])
+    evaluation.write_results(path, rows)
+    with open(path) as file:
+        assert len(list(csv.DictReader(file))) == len(rows) + 1
+    printed = script("eval.py", "--report", path).stdout
+    _, low, high = evaluation.t_interval([0.30, 0.30])  # (40 - 10, 45 - 15) points
+    assert f"paired over 2 seeds: +30.0% [{low:+.1%}, {high:+.1%}]; accuracy after RL, bridge / vanilla: 1.79" in printed
+    assert "| id | vanilla | 2 | 35.0%" in printed and "| 11.0% |" in printed and "| ood |" not in printed
+
+
+def test_curves_of_seeds_share_a_band(tmp_path, script):
+    """Bug: every file a run of its own, or the seeds' number left in the name; the figure is drawn from logs of unequal length."""
+    assert [evaluation.run_of(n) for n in ("a/bridge-rl-3.csv", "grpo.csv", "x-10.pt")] == ["bridge-rl", "grpo", "x"]
+    for name, steps in (("vanilla-1", 5), ("vanilla-2", 3), ("bridge-1", 5)):
+        (tmp_path / f"{name}.csv").write_text("step,reward,val_accuracy\n" + "".join(f"{i},0.{i},{0.5 if i == 1 else ''}\n" for i in range(1, steps + 1)))
+    result = script("eval.py", "--curves", "vanilla-1.csv", "vanilla-2.csv", "bridge-1.csv", "--plot", "x.png")
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "x.png").stat().st_size > 5000
+
+
 def test_majority_answer():
     """Bug: a baseline that always answers 0 where another answer is more frequent."""
     problems = [data.Problem("", answer, "", {}) for answer in (0, 7, 7, 0, 7, 3)]
@@ -21,7 +80,8 @@ def test_majority_answer():
 
 def test_table_and_json(script, tmp_path, tiny_file):
     """Bugs: a split that mixes its figures up with another's; JSON that says something else than the table."""
-    result = script("eval.py", "--ckpt", tiny_file, tiny_file, "--n", 12, "--max-new-tokens", 24, "--samples", 2, "--json", "scores.json")
+    result = script("eval.py", "--ckpt", tiny_file, tiny_file, "--n", 12, "--max-new-tokens", 24, "--samples", 2, "--json", "scores.json",
+                    "--results", "results.csv")
     assert result.returncode == 0, result.stderr
     scores = json.load(open(tmp_path / "scores.json"))["checkpoints"]
     assert [s["path"] for s in scores] == [str(tiny_file)] * 2
@@ -31,6 +91,9 @@ def test_table_and_json(script, tmp_path, tiny_file):
             assert split["n"] == 12 and split["ci95"][0] <= split["accuracy"] <= split["ci95"][1]
             assert abs(sum(split["rollouts"]["histogram"]) - 1) < 1e-9
             assert f"{split['accuracy']:.1%}" in result.stdout
+    assert all(split["hits"].count(1) == split["correct"] for s in scores for split in s["splits"].values())
+    assert all(c["p"] == 1 for c in json.load(open(tmp_path / "scores.json"))["mcnemar"])  # a policy against itself
+    assert len(open(tmp_path / "results.csv").readlines()) == 5  # the same checkpoint twice: two splits, and the majority in each
     problems = [p for p, _ in zip(data.generate(ops=data.TINY["ops"], max_value=data.TINY["max_value"], split="test"), range(12))]
     assert scores[0]["splits"]["id"]["majority"] == evaluation.majority(problems)
 
@@ -38,7 +101,8 @@ def test_table_and_json(script, tmp_path, tiny_file):
 @pytest.mark.parametrize("arguments, words", [
     (["--ckpt", "nowhere.pt"], ["nowhere.pt"]), (["--ckpt", "cut.pt"], ["cut.pt"]), (["--ckpt", "foreign.pt"], ["foreign.pt"]),
     (["--data", "empty.jsonl"], ["empty.jsonl"]), (["--plot", "x.png"], ["--samples"]), (["--ood", "9", "3"], ["--ops 9 3"]),
-    (["--max-new-tokens", "5000"], ["--max-new-tokens", "2048"]), (["--sample", "3"], ["--sample"])])
+    (["--max-new-tokens", "5000"], ["--max-new-tokens", "2048"]), (["--sample", "3"], ["--sample"]),
+    (["--report", "empty.jsonl2"], ["empty.jsonl2"])])
 def test_bad_input_is_one_sentence(script, tmp_path, tiny_file, arguments, words):
     """Bug: a traceback for a missing, truncated or foreign checkpoint, an empty file, a prompt beyond the context."""
     import torch
