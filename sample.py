@@ -632,7 +632,8 @@ class Decoder:
         self.sin = torch.cat((-sin, sin), -1).to(weight.dtype)               # the sign of rotate-half, put into the table
         self.column = torch.arange(length, device=self.device)
         self.slot = torch.arange(rows, device=self.device)
-        self.sync = 16 if self.device.type == "cuda" else 1
+        cuda = self.device.type == "cuda"
+        self.sync, self.fused = 16 if cuda else 1, cuda      # steps between two looks of the host; which attention (see step)
         # What a step reads and writes besides the cache. The host rewrites `state` before every run of steps.
         self.state = torch.zeros(3, rows, dtype=torch.int64, device=self.device)                       # token, position, key
         self.out_token = torch.zeros(self.sync, rows, dtype=torch.int64, device=self.device)
@@ -714,7 +715,7 @@ class Decoder:
             cells[i, 1].index_copy_(0, cell, v.flatten(0, 1))
             keys, values = self.kv[i, :, :B, :, :T]                                                    # (B, kv_heads, T, D)
             q = q.view(B, heads, -1, self.dim)               # the query heads of one kv head as its queries: nothing is repeated
-            if q.is_cuda:
+            if self.fused:
                 return F.scaled_dot_product_attention(q, keys, values, attn_mask=bias.expand(-1, -1, q.shape[2], -1)).flatten(1, 2)
             scores = (keys @ q.mT).mT                        # on a CPU plain products read the cache faster than fused attention
             return (torch.add(bias, scores, alpha=self.dim ** -0.5).softmax(-1) @ values).flatten(1, 2)

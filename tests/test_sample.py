@@ -79,7 +79,7 @@ def is_greedy(model, prompt, tokens):
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
 def test_greedy_is_exact(family):
     """Catches a wrong mask, position, cache slot or refill: batched = alone = Hugging Face, rows refilled and compacted."""
-    policy, prompts = policy_of(family), ragged_prompts(40)
+    policy, prompts = policy_of(family), ragged_prompts(200 if os.environ.get("BRIDGE_FULL") else 40)
     model = policy.model
     batched = sample.generate(policy, prompts, 1, 12, temperature=0, max_batch=7)
     for prompt, (rollout,) in zip(prompts, batched):
@@ -93,6 +93,36 @@ def test_greedy_is_exact(family):
         groups = sample.generate(policy, prompts[:6], n, 12, temperature=0, max_batch=7)
         for prompt, rollouts, (expected,) in zip(prompts, groups, batched):
             assert all(r.tokens == expected.tokens or is_greedy(model, prompt, r.tokens) for r in rollouts)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+def test_the_steps_of_a_gpu(family):
+    """Catches what only CUDA's way through run() and step() would show: 16 steps between two looks of the host, during which
+    finished rows run on, and fused attention. (Capture itself needs a GPU.)"""
+    prompts, expected = ragged_prompts(9), {}
+    for temperature in (1.0, 0):
+        expected[temperature] = sample.generate(policy_of(family), prompts, 4, 40, temperature, max_batch=16)
+    policy = sample.Policy(make_model(family), make_tokenizer(tags=False), torch.device("cpu"))
+    engine = policy.engine = sample.Decoder(policy.model, 16, 128)
+    engine.sync, engine.fused = 16, True
+    engine.out_token, engine.out_logprob = torch.zeros(16, 16, dtype=torch.int64), torch.zeros(16, 16)
+    for temperature, groups in expected.items():
+        for prompt, ours, theirs in zip(prompts, sample.generate(policy, prompts, 4, 40, temperature, max_batch=16), groups):
+            for a, b in zip(ours, theirs):
+                assert (a.tokens, a.stop) == (b.tokens, b.stop) or temperature == 0 and is_greedy(policy.model, prompt, a.tokens)
+                torch.testing.assert_close(torch.tensor(a.logprobs), torch.tensor(b.logprobs), atol=1e-4, rtol=0)
+    assert policy.engine is engine
+
+
+def test_limit_of_the_machine():
+    """Catches weights counted once a row, a cache counted at its final length, and dead rows that still compute. By hand:
+    qwen2, 3 layers, 2 kv heads of 12, fp32: 576 bytes a token; rows of 1 and 2 new tokens after prompts of 10 and 20."""
+    policy = policy_of("qwen2")
+    P = sum(p.numel() for p in policy.model.parameters())    # the head is tied: one matrix, read once
+    assert sample.cache_bytes(policy.model) == 2 * 3 * 2 * 12 * 4
+    cache = 576 * (11 + 21 + 22)
+    assert sample.limit_seconds(policy, [10, 20], [1, 2], 1e9, 1e30) == pytest.approx((cache + 2 * 4 * P) / 1e9)      # bandwidth
+    assert sample.limit_seconds(policy, [10, 20], [1, 2], 1e9, 1e6) == pytest.approx(cache / 1e9 + 2 * P * 3 / 1e6)   # arithmetic
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "gpt2"])
