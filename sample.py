@@ -390,13 +390,13 @@ def logits_logprobs(logits, targets, *, temperature=1.0, backend="auto", overwri
     """
     backend = _pick_backend(backend, logits)
     if logits.stride(-1) != 1:
-        logits = logits.contiguous()
+        logits = logits.contiguous()                         # the kernels want neighbours in the vocabulary side by side
     try:
         x = logits.view(-1, logits.shape[-1])
     except RuntimeError:                                     # a slice such as logits[:, :-1] goes part by part, never copied whole
         parts = [logits_logprobs(x, y, temperature=temperature, backend=backend, overwrite=overwrite) for x, y in zip(logits, targets)]
         return tuple(torch.stack(part) for part in zip(*parts))
-    logprob, entropy = _LogitsLogProb.apply(x, targets.reshape(-1), 1 / temperature, backend, overwrite)
+    logprob, entropy = _LogitsLogProb.apply(x, targets.reshape(-1).contiguous(), 1 / temperature, backend, overwrite)
     return logprob.view(targets.shape), entropy.view(targets.shape)
 
 
@@ -414,7 +414,7 @@ def _sweep(h, weight, targets, scale, backend, rows, stats=None, upstream=None):
     first = stats is None
     stats = torch.zeros(len(h), 4, device=h.device) if first else stats
     grad_h = torch.empty_like(h) if upstream and h.requires_grad else None
-    grad_weight = torch.zeros_like(weight, dtype=torch.float32) if upstream and weight.requires_grad else None    # bf16 sums stall
+    grad_weight = torch.zeros_like(weight, dtype=torch.float32) if upstream and weight.requires_grad else None    # a bf16 sum stalls
     buffer = h.new_empty(min(rows, len(h)), len(weight))     # fresh memory for every chunk would cost a CPU a quarter more
     for start in range(0, len(h), rows):
         part = slice(start, start + rows)
@@ -448,7 +448,7 @@ class _LinearLogProb(torch.autograd.Function):
 
 
 class _LinearSum(torch.autograd.Function):
-    """Every log-prob's upstream gradient is the same number: gradients for 1 are made on the way and multiplied by it later."""
+    """All log-probs have the same upstream gradient: gradients for 1 are made in the forward pass, and multiplied by it later."""
     @staticmethod
     def forward(ctx, h, weight, targets, *options):
         one = torch.ones(len(h), device=h.device)
@@ -483,7 +483,10 @@ def token_logprobs(hidden, weight, targets, *, temperature=1.0, backend="auto", 
 
 
 def sum_logprob(hidden, weight, targets, *, temperature=1.0, backend="auto", chunk_bytes=None):
-    """The sum of token_logprobs over all tokens, a scalar, with its gradients: three matrix products in place of four (SFT)."""
+    """The sum of token_logprobs over all tokens, a scalar. Arguments and errors as there.
+
+    For SFT: the gradients are made in the forward pass (wasted under no_grad), with three matrix products in place of four.
+    """
     return _apply(_LinearSum, hidden, weight, targets, temperature, backend, chunk_bytes)
 
 

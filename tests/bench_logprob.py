@@ -2,18 +2,20 @@
 
     python tests/bench_logprob.py [--only K1 K2 C1 C2] [--write]
 
-K1  logits -> log-prob, bf16, forward and forward + backward, also as a share of the bandwidth of a copy
-K2  hidden states -> log-prob, bf16
-C1  as K1 in fp32 on the CPU
-C2  as K2 in fp32 on the CPU: 4,096 tokens x a vocabulary of 32,768 x 256 hidden, the case with a limit on time and memory
+K1  logits -> log-prob, bf16, CUDA
+K2  hidden states -> log-prob, bf16, CUDA
+C1  logits -> log-prob, fp32, CPU
+C2  hidden states -> log-prob, fp32, CPU
 
 What is differentiated: "logprob" sum_t g_t logprob_t with a different g for every token; "entropy" that + sum_t h_t entropy_t;
 "sum" all g equal (SFT), the only thing that Liger computes. ours computes the entropy in all but "sum", the others where asked.
 Each version's gradients are checked against fp64 on 64 tokens before its time is taken; then the versions take turns, and the
-median is printed. --write puts the tables into results/benchmarks.md, each in place of its own last one.
+median is printed. GB/s: the logits read twice and their gradient written once, beside a copy of the logits in the same run; error:
+of the gradients, relative to the largest entry; peak memory: on top of the inputs, gradients included. --write puts the tables into results/benchmarks.md, each in place of its own last one.
 """
 import argparse
 import datetime
+import importlib.util
 import os
 import platform
 import re
@@ -30,12 +32,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import sample
 
 RESULTS = Path(__file__).parent.parent / "results" / "benchmarks.md"
+LIGER = importlib.util.find_spec("liger_kernel") is not None
 LOGITS = ("K1", "C1")                                        # the others start from hidden states
 SHAPES = {                                                   # (tokens, vocabulary) or (tokens, hidden, vocabulary)
     "K1": [(8192, 32768), (8192, 128256), (16384, 151936), (65536, 2048), (8192, 129921)],
     "K2": [(16384, 896, 151936), (16384, 1536, 151936), (65536, 512, 2048)],
     "C1": [(4096, 2048), (1024, 32768)],
     "C2": [(4096, 256, 32768)]}
+TITLES = {case: re.search(rf"^{case}  (.*)$", __doc__, re.M)[1] for case in SHAPES}
 ROUNDS = {"K1": 30, "K2": 30, "C1": 30, "C2": 5}             # C2: a round of all versions takes 15 s
 WARMUP = {"K1": 5, "K2": 3, "C1": 3, "C2": 0}                # rounds not counted, after one more run of each for its memory
 LARGEST_ERROR = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # gross mistakes; the strict bounds are in tests/test_logprob.py
@@ -68,14 +72,11 @@ def versions(case):
         compiled = [torch.compile(function, dynamic=False) for function in (log_softmax, log_softmax_entropy)]
         found += [("the same, torch.compile", "logprob", compiled[0]), ("the same, torch.compile", "entropy", compiled[1]),
                   ("F.cross_entropy", "logprob", cross_entropy)]
-    if case in ("K1", "K2"):
-        try:
-            from liger_kernel.transformers import LigerCrossEntropyLoss, LigerFusedLinearCrossEntropyLoss
-            loss = LigerCrossEntropyLoss(reduction="sum") if case == "K1" else LigerFusedLinearCrossEntropyLoss(reduction="sum")
-            found += [("Liger", "sum", (lambda logits, targets: -loss(logits, targets)) if case == "K1" else
-                       (lambda hidden, weight, targets: -loss(weight, hidden, targets)))]       # K1: writes over the logits
-        except ImportError:
-            print(f"{case}: Liger is not installed (pip install liger-kernel), left out")
+    if case.startswith("K") and LIGER:
+        from liger_kernel.transformers import LigerCrossEntropyLoss, LigerFusedLinearCrossEntropyLoss
+        loss, fused = LigerCrossEntropyLoss(reduction="sum"), LigerFusedLinearCrossEntropyLoss(reduction="sum")
+        found += [("Liger", "sum", lambda logits, targets: -loss(logits, targets))] if case == "K1" else \
+            [("Liger", "sum", lambda hidden, weight, targets: -fused(weight, hidden, targets))]
     return found
 
 
@@ -176,8 +177,8 @@ def race(case, runs):
 
 def table(case, device):
     """The lines of one case's table."""
-    header = ["shape", "version", "differentiated"] + ["forward ms"] * (case in LOGITS) + \
-        ["forward + backward ms", "x ours"] + ["GB/s (share of a copy)"] * (case in LOGITS) + ["peak memory MB"] * (case != "C1") + ["error"]
+    header = ["shape", "version", "differentiated", *["forward ms"] * (case in LOGITS), "forward + backward ms", "x ours",
+              *["GB/s (share of a copy)"] * (case in LOGITS), *["peak memory MB"] * (case != "C1"), "error"]
     lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for shape in SHAPES[case]:
         torch._dynamo.reset()                                # or torch.compile gives up after the eighth shape, silently
@@ -205,7 +206,7 @@ def table(case, device):
             if case in LOGITS:                               # the least traffic: logits read twice, gradient written once
                 rate = 3 * size / both[number]
                 cells[3:3] = [f"{1000 * forward[number]:.4g}"]
-                cells[6:6] = [f"{rate / 1e9:.0f} ({rate / copy:.0%})"]
+                cells[6:6] = [f"{rate / 1e9:.3g} ({rate / copy:.0%})"]
             lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -241,8 +242,11 @@ def main():
         if device == "cuda" and not torch.cuda.is_available():
             print(f"{case} needs a CUDA GPU: skipped")
             continue
-        text = "\n".join([f"## Log-prob {case} ({machine(device)}, PyTorch {torch.__version__}, {datetime.date.today()}; median of {ROUNDS[case]})",
-                          "", *table(case, device)]) + "\n"
+        if device == "cuda" and not LIGER:
+            print(f"{case}: Liger is not installed (pip install liger-kernel), left out")
+        title = f"## Log-prob {case} ({machine(device)}, PyTorch {torch.__version__}, {datetime.date.today()})"
+        note = f"{TITLES[case]}; median of {ROUNDS[case]} rounds. The top of tests/bench_logprob.py says what the columns mean."
+        text = "\n".join([title, "", note, "", *table(case, device)]) + "\n"
         print(text)
         if args.write:
             write(case, text)

@@ -85,6 +85,7 @@ def test_offset_strides_and_infinities(backend):
     assert max(errors(function, view, labels, 0.7, torch.randn(3, 8), torch.randn(3, 8))) <= 1e-5
     across = torch.randn(50, 6).T                            # last dimension not dense
     assert max(errors(function, across, torch.randint(50, (6,)), 0.7, torch.randn(6), torch.randn(6))) <= 1e-5
+    assert max(errors(function, logits[::2], targets[::2], 0.7, g_logprob[::2], g_entropy[::2])) <= 1e-5
     cut = logits.clone()
     cut[:, 700:] = -torch.inf                                # a vocabulary padded with impossible tokens
     cut[0, :690] = -torch.inf
@@ -95,6 +96,19 @@ def test_offset_strides_and_infinities(backend):
     expected = reference(cut[:, :700].clone().clamp(min=-1e4), low, 1.0, g_logprob, g_entropy)
     assert max(distance(logprob.detach(), expected[0]), distance(entropy.detach(), expected[1]),
                distance(x.grad[:, :700], expected[2])) <= 1e-5 and not x.grad[:, 700:].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sure_targets_keep_a_gradient(backend):
+    """Catches onehot - p rounded to bf16 too early: a p of 0.999 becomes 1, and nothing is left to learn from."""
+    logits, targets, g_logprob, g_entropy = inputs(12, 1000, torch.bfloat16)
+    logits = logits / 3
+    logits[torch.arange(12), targets.clamp(min=0)] = 14
+    function = lambda x, y, t: sample.logits_logprobs(x, y, backend=backend)
+    assert errors(function, logits, targets, 1.0, g_logprob, 0 * g_entropy)[1] <= 1e-2
+    expected = reference(logits, targets, 1.0, g_logprob, 0 * g_entropy)[2]
+    early = F.one_hot(targets.clamp(min=0), 1000) - torch.softmax(logits.float(), -1).bfloat16()
+    assert distance(early * (g_logprob * (targets != sample.IGNORE))[:, None], expected) > 0.1
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
