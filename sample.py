@@ -247,58 +247,53 @@ def decode(tokenizer, tokens):
 # For a row x of logits (already divided by the temperature) and its target y, with m = max x and d = sum e^(x - m):
 #     logprob = (x_y - m) - log d            entropy H = log d - sum e^(x - m) (x - m) / d
 #     d logprob / d x = onehot(y) - p        d H / d x = -p (log p + H)            p = e^(x - m - log d)
-# m and log d are saved apart: m + log d would round log d away where all logits share a large offset.
+# The backward pass needs four numbers a token, its stats: logprob, H, m, log d. m and log d are kept apart, since m + log d
+# would round log d away where all logits share a large offset.
 # ---------------------------------------------------------------------------------------------------------------------------
 IGNORE = -100                              # a target with this value is masked: log-prob 0, entropy 0, no gradient
 
 
-def rows_forward(x, targets, scale):
-    """The specification of the forward kernel. x (N, V) logits, targets (N,), scale = 1 / temperature.
-
-    Returns logprob, entropy, m, log d: each (N,) fp32.
-    """
-    x = x.float() * scale
-    m = x.amax(-1, keepdim=True)
-    x = x.sub_(m)
-    target = x.gather(-1, targets.clamp(min=0)[:, None]).squeeze(-1)
-    x.clamp_(min=-1e4)                     # a logit of -inf has e^x = 0, and 0 * -1e4 is 0 where 0 * -inf is NaN
-    e = x.exp()
-    d = e.sum(-1)
-    log_d = d.log()
-    entropy = log_d - e.mul_(x).sum(-1) / d
-    masked = targets == IGNORE
-    return (target - log_d).masked_fill_(masked, 0), entropy.masked_fill_(masked, 0), m.squeeze(-1), log_d
+def _row_blocks(x, *others):
+    """1 MB of logits at a time, with the same rows of the other tensors: several passes over x then run in a CPU's cache."""
+    size = max(1, (1 << 18) // x.shape[1])
+    return zip(*(tensor.split(size) for tensor in (x, *others)))
 
 
-def rows_backward(x, targets, scale, entropy, m, log_d, g_logprob, g_entropy, out):
+def rows_forward(x, targets, stats, scale):
+    """The specification of the forward kernel. x (N, V) logits, targets (N,), scale = 1 / temperature; fills stats (N, 4)."""
+    for x, y, stats in _row_blocks(x, targets, stats):
+        x = x.float() * scale
+        m = x.amax(-1, keepdim=True)                         # (rows, 1), like all sums below
+        x_y = x.sub_(m).gather(-1, y.clamp(min=0)[:, None])
+        e = x.exp()
+        d = e.sum(-1, keepdim=True)
+        s = e.mul_(x.clamp_(min=-1e4)).sum(-1, keepdim=True)          # a logit of -inf: e is 0, and 0 * -inf would be NaN
+        torch.cat([x_y - d.log(), d.log() - s / d, m, d.log()], -1, out=stats)
+        stats[y == IGNORE] = 0
+
+
+def rows_backward(x, targets, stats, g_logprob, g_entropy, out, scale):
     """The specification of the backward kernel: d loss / d x into `out` (N, V), which may be x itself.
 
-    g_logprob and g_entropy (N,) are the upstream gradients, one per token; g_entropy may be None.
+    g_logprob and g_entropy (N,) are the upstream gradients, one per token.
     """
-    logp = (x.float() * scale).sub_(m[:, None]).sub_(log_d[:, None])
-    g_logprob = g_logprob.masked_fill(targets == IGNORE, 0)
-    if g_entropy is None:
-        grad = logp.exp_().mul_(-g_logprob[:, None])
-    else:
-        g_entropy = g_entropy.masked_fill(targets == IGNORE, 0)[:, None]
+    for x, y, stats, g, g_entropy, out in _row_blocks(x, targets, stats, g_logprob[:, None], g_entropy[:, None], out):
+        _, entropy, m, log_d = stats.split(1, dim=1)                  # (rows, 1) each
+        logp = (x.float() * scale).sub_(m).sub_(log_d)
         p = logp.exp()
-        grad = logp.clamp_(min=-1e4).add_(entropy[:, None]).mul_(-g_entropy).sub_(g_logprob[:, None]).mul_(p)
-    grad.scatter_add_(1, targets.clamp(min=0)[:, None], g_logprob[:, None])       # fp32: rounding comes after the subtraction
-    torch.mul(grad, scale, out=grad)
-    out.copy_(grad.masked_fill_((targets == IGNORE)[:, None], 0))
+        grad = logp.clamp_(min=-1e4).add_(entropy).mul_(g_entropy).add_(g).mul_(p).neg_()       # -p (g + g_H (log p + H))
+        grad.scatter_add_(1, y.clamp(min=0)[:, None], g)              # in fp32: rounding comes after the subtraction
+        out.copy_(grad.mul_(scale))
+        out[y == IGNORE] = 0
 
 
 if triton is not None:
     @triton.jit
-    def _forward_kernel(x_ptr, target_ptr, logprob_ptr, entropy_ptr, m_ptr, log_d_ptr, stride, V, scale, BLOCK: tl.constexpr):
+    def _forward_kernel(x_ptr, target_ptr, stats_ptr, stride, V, scale, BLOCK: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)                  # int64: row * stride passes 2^31 at 16,384 x 151,936
         target = tl.load(target_ptr + row)
         if target == -100:
-            tl.store(logprob_ptr + row, 0.0)
-            tl.store(entropy_ptr + row, 0.0)
-            tl.store(m_ptr + row, 0.0)
-            tl.store(log_d_ptr + row, 0.0)
-            return
+            return                                           # its stats are zero already
         x_ptr += row * stride
         m, d, s = -1e30, 0.0, 0.0                            # running max, sum e^(x-m), sum e^(x-m) (x-m)
         for start in range(0, V, BLOCK):
@@ -313,28 +308,27 @@ if triton is not None:
             m = m_new
         log_d = tl.log(d)
         x_y = tl.load(x_ptr + target).to(tl.float32) * scale
-        tl.store(logprob_ptr + row, (x_y - m) - log_d)
-        tl.store(entropy_ptr + row, log_d - s / d)
-        tl.store(m_ptr + row, m)
-        tl.store(log_d_ptr + row, log_d)
+        stats_ptr += row * 4
+        tl.store(stats_ptr, (x_y - m) - log_d)
+        tl.store(stats_ptr + 1, log_d - s / d)
+        tl.store(stats_ptr + 2, m)
+        tl.store(stats_ptr + 3, log_d)
 
     @triton.jit
-    def _backward_kernel(x_ptr, out_ptr, target_ptr, entropy_ptr, m_ptr, log_d_ptr, g_logprob_ptr, g_entropy_ptr,
-                         stride, out_stride, V, scale, BLOCK: tl.constexpr):
+    def _backward_kernel(x_ptr, target_ptr, stats_ptr, g_logprob_ptr, g_entropy_ptr, out_ptr, stride, out_stride, V, scale,
+                         BLOCK: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)
         column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)          # no sum is left to do: blocks are independent
         target = tl.load(target_ptr + row)
-        out_ptr += row * out_stride
-        if target == -100:
-            tl.store(out_ptr + column, tl.zeros([BLOCK], tl.float32), mask=column < V)
-            return
         x = tl.load(x_ptr + row * stride + column, mask=column < V, other=-float("inf")).to(tl.float32) * scale
+        stats_ptr += row * 4
+        entropy, m, log_d = tl.load(stats_ptr + 1), tl.load(stats_ptr + 2), tl.load(stats_ptr + 3)
         g, g_entropy = tl.load(g_logprob_ptr + row), tl.load(g_entropy_ptr + row)          # this token's own, not token 0's
-        logp = (x - tl.load(m_ptr + row)) - tl.load(log_d_ptr + row)
+        logp = (x - m) - log_d
         p = tl.exp(logp)
-        grad = tl.where(p > 0, -p * (g + g_entropy * (logp + tl.load(entropy_ptr + row))), 0.0)
+        grad = tl.where(p > 0, -p * (g + g_entropy * (logp + entropy)), 0.0)
         grad = tl.where(column == target, grad + g, grad) * scale
-        tl.store(out_ptr + column, grad, mask=column < V)
+        tl.store(out_ptr + row * out_stride + column, tl.where(target == -100, 0.0, grad), mask=column < V)
 
 
 def launch_shape(V):
@@ -343,43 +337,20 @@ def launch_shape(V):
     return block, max(1, min(8, block // 512))
 
 
-def rows_forward_triton(x, targets, scale):
-    N, V = x.shape
-    block, warps = launch_shape(V)
-    out = torch.empty(4, N, device=x.device, dtype=torch.float32)
+def rows_forward_triton(x, targets, stats, scale):
+    (N, V), (block, warps) = x.shape, launch_shape(x.shape[1])
     if N:
-        _forward_kernel[(N,)](x, targets, *out, x.stride(0), V, scale, BLOCK=block, num_warps=warps)
-    return tuple(out)
+        _forward_kernel[(N,)](x, targets, stats, x.stride(0), V, scale, BLOCK=block, num_warps=warps)
 
 
-def rows_backward_triton(x, targets, scale, entropy, m, log_d, g_logprob, g_entropy, out):
-    N, V = x.shape
-    block, warps = launch_shape(V)
-    g_entropy = torch.zeros_like(g_logprob) if g_entropy is None else g_entropy
+def rows_backward_triton(x, targets, stats, g_logprob, g_entropy, out, scale):
+    (N, V), (block, warps) = x.shape, launch_shape(x.shape[1])
     if N:
-        _backward_kernel[(N, triton.cdiv(V, block))](x, out, targets, entropy, m, log_d, g_logprob.contiguous(), g_entropy.contiguous(),
-                                                     x.stride(0), out.stride(0), V, scale, BLOCK=block, num_warps=warps)
+        _backward_kernel[(N, triton.cdiv(V, block))](x, targets, stats, g_logprob, g_entropy, out, x.stride(0), out.stride(0), V, scale,
+                                                     BLOCK=block, num_warps=warps)
 
 
-def rows_forward_torch(x, targets, scale):
-    """rows_forward a block of rows at a time: its several passes then run in a CPU's cache, three times faster."""
-    parts = [rows_forward(x[rows], targets[rows], scale) for rows in _blocks(x)]
-    return tuple(torch.cat(part) for part in zip(*parts))
-
-
-def rows_backward_torch(x, targets, scale, entropy, m, log_d, g_logprob, g_entropy, out):
-    for rows in _blocks(x):
-        rows_backward(x[rows], targets[rows], scale, entropy[rows], m[rows], log_d[rows], g_logprob[rows],
-                      None if g_entropy is None else g_entropy[rows], out[rows])
-
-
-def _blocks(x):
-    size = max(1, BLOCK_BYTES // (4 * x.shape[-1]))
-    return [slice(start, start + size) for start in range(0, len(x), size)]
-
-
-BLOCK_BYTES = 1 << 20
-BACKENDS = {"torch": (rows_forward_torch, rows_backward_torch), "triton": (rows_forward_triton, rows_backward_triton)}
+BACKENDS = {"torch": (rows_forward, rows_backward), "triton": (rows_forward_triton, rows_backward_triton)}
 
 
 def _pick_backend(backend, tensor):
@@ -392,100 +363,110 @@ def _pick_backend(backend, tensor):
     return backend
 
 
-def _row_views(x):
-    """Views (rows, V) that cover x (..., V) in order. A slice such as logits[:, :-1] is walked, never copied whole."""
-    try:
-        return [x.view(-1, x.shape[-1])]
-    except RuntimeError:
-        return [view for part in x for view in _row_views(part)]
-
-
 class _LogitsLogProb(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, targets, scale, backend, overwrite):
-        ctx.set_materialize_grads(False)                     # an output that the loss does not use costs no gradient pass
-        views, flat = _row_views(logits), targets.reshape(-1)
-        parts = [BACKENDS[backend][0](x, y, scale) for x, y in zip(views, flat.split([len(x) for x in views]))]
-        logprob, *stats = (torch.cat(part) for part in zip(*parts))                   # entropy, m, log d: (N,) each
-        ctx.save_for_backward(logits, flat, *stats)
+    def forward(ctx, x, targets, scale, backend, overwrite):
+        stats = torch.zeros(len(x), 4, device=x.device)
+        BACKENDS[backend][0](x, targets, stats, scale)
+        ctx.save_for_backward(x, targets, stats)
         ctx.options = scale, backend, overwrite
-        return logprob.view(targets.shape), stats[0].clone().view(targets.shape)
+        return stats[:, 0].clone(), stats[:, 1].clone()
 
     @staticmethod
     def backward(ctx, g_logprob, g_entropy):
-        logits, flat, *stats = ctx.saved_tensors
+        x, targets, stats = ctx.saved_tensors
         scale, backend, overwrite = ctx.options
-        per_row = [flat, *stats, torch.zeros_like(stats[0]) if g_logprob is None else g_logprob.reshape(-1),
-                   None if g_entropy is None else g_entropy.reshape(-1)]
-        grad = logits if overwrite else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        start = 0
-        for x, out in zip(_row_views(logits), _row_views(grad) if overwrite else grad.view(-1, grad.shape[-1]).split(
-                [len(x) for x in _row_views(logits)])):
-            y, entropy, m, log_d, g, g_h = (None if t is None else t[start:start + len(x)] for t in per_row)
-            BACKENDS[backend][1](x, y, scale, entropy, m, log_d, g, g_h, out)
-            start += len(x)
-        return grad, None, None, None, None
+        out = x if overwrite else torch.empty_like(x)
+        BACKENDS[backend][1](x, targets, stats, g_logprob.contiguous(), g_entropy.contiguous(), out, scale)
+        return out, None, None, None, None
 
 
 def logits_logprobs(logits, targets, *, temperature=1.0, backend="auto", overwrite=False):
     """Log-prob of each target and entropy of its distribution, from logits.
 
-    logits (..., V) any float dtype, any strides with the last dimension dense; targets (...) int64, -100 = masked.
-    Returns logprob, entropy: fp32 in nats, shape of targets, differentiable in logits with an own upstream gradient per token.
-    overwrite=True lets the backward pass write the gradient over the logits: half the memory, and the logits are lost.
+    logits (..., V) any float dtype; targets (...) int64, -100 = masked. Returns logprob, entropy: fp32 in nats, shape of
+    targets, differentiable in logits with an own upstream gradient per token. overwrite=True lets the backward pass write
+    the gradient over the logits: half the memory, and the logits are lost. Raises ValueError for an unknown backend.
     """
     backend = _pick_backend(backend, logits)
-    if not targets.numel():
-        zero = logits.sum(-1).float()                        # empty, but still part of the graph
-        return zero, zero.clone()
-    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
-        logits = logits.contiguous()
-    return _LogitsLogProb.apply(logits, targets.contiguous(), 1.0 / temperature, backend, overwrite)
+    if logits.stride(-1) != 1:
+        logits = logits.contiguous()                         # the kernels want neighbours in the vocabulary side by side
+    try:
+        x = logits.view(-1, logits.shape[-1])
+    except RuntimeError:                                     # a slice such as logits[:, :-1] goes part by part, never copied whole
+        parts = [logits_logprobs(x, y, temperature=temperature, backend=backend, overwrite=overwrite) for x, y in zip(logits, targets)]
+        return tuple(torch.stack(part) for part in zip(*parts))
+    logprob, entropy = _LogitsLogProb.apply(x, targets.reshape(-1).contiguous(), 1 / temperature, backend, overwrite)
+    return logprob.view(targets.shape), entropy.view(targets.shape)
 
 
-CPU_CHUNK = 1 << 25          # bytes of logits a chunk: enough rows that adding to the head's gradient once a chunk is cheap
+CPU_CHUNK = 1 << 26          # bytes of logits at a time: enough rows for fast products
 GPU_CHUNK = 1 << 28          # 1/20 of the 16,384 x 151,936 logits in bf16
 
 
+def _sweep(h, weight, targets, scale, backend, rows, stats=None, upstream=None):
+    """Walk over the tokens, `rows` at a time, in one buffer of logits. h (N, H), weight (V, H), targets (N,).
+
+    Fills in the stats (N, 4) where they are None; with upstream = g_logprob (N,), g_entropy (N,) also the gradients.
+    Returns stats, d loss / d h (N, H), d loss / d weight (V, H).
+    """
+    forward, backward = BACKENDS[backend]
+    first = stats is None
+    stats = torch.zeros(len(h), 4, device=h.device) if first else stats
+    grad_h = torch.empty_like(h) if upstream and h.requires_grad else None
+    grad_weight = torch.zeros_like(weight, dtype=torch.float32) if upstream and weight.requires_grad else None    # a bf16 sum stalls
+    buffer = h.new_empty(min(rows, len(h)), len(weight))     # fresh memory for every chunk would cost a CPU a quarter more
+    for start in range(0, len(h), rows):
+        part = slice(start, start + rows)
+        x, y = h[part], targets[part]
+        logits = torch.mm(x, weight.T, out=buffer[:len(x)])           # (rows, V), overwritten below by their own gradient
+        if first:
+            forward(logits, y, stats[part], scale)
+        if upstream:
+            backward(logits, y, stats[part], *(g[part] for g in upstream), logits, scale)
+        if grad_h is not None:
+            torch.mm(logits, weight, out=grad_h[part])
+        if grad_weight is not None:
+            grad_weight.addmm_(logits.T, x) if x.dtype == torch.float32 else grad_weight.add_(logits.T @ x)
+    return stats, grad_h, None if grad_weight is None else grad_weight.to(weight.dtype)
+
+
 class _LinearLogProb(torch.autograd.Function):
+    """Upstream gradients unknown: the backward pass makes the logits a second time, which is cheaper than keeping them."""
     @staticmethod
-    def forward(ctx, hidden, weight, targets, scale, backend, rows):
-        ctx.set_materialize_grads(False)
-        h, flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-        keep = (flat != IGNORE).nonzero().squeeze(-1)                        # masked tokens cost nothing from here on
-        stats = torch.zeros(4, len(keep), device=h.device, dtype=torch.float32)
-        for chunk, stat in zip(keep.split(rows), stats.split(rows, dim=1)):
-            for row, value in zip(stat, BACKENDS[backend][0](h[chunk] @ weight.T, flat[chunk], scale)):
-                row.copy_(value)
-        result = torch.zeros(2, len(flat), device=h.device, dtype=torch.float32)
-        result[:, keep] = stats[:2]
-        ctx.save_for_backward(hidden, weight, flat, keep, stats)
-        ctx.options = scale, backend, rows
-        return result[0].view(targets.shape), result[1].view(targets.shape)
+    def forward(ctx, h, weight, targets, *options):
+        stats, _, _ = _sweep(h, weight, targets, *options)
+        ctx.save_for_backward(h, weight, targets, stats)
+        ctx.options = options
+        return stats[:, 0].clone(), stats[:, 1].clone()
 
     @staticmethod
-    def backward(ctx, g_logprob, g_entropy):
-        hidden, weight, flat, keep, stats = ctx.saved_tensors
-        scale, backend, rows = ctx.options
-        h = hidden.reshape(-1, hidden.shape[-1])
-        g_logprob = torch.zeros_like(stats[0]) if g_logprob is None else g_logprob.reshape(-1)[keep]
-        g_entropy = None if g_entropy is None else g_entropy.reshape(-1)[keep]
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
-        grad_hidden = torch.zeros_like(h) if need_hidden else None
-        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_weight else None
-        for start in range(0, len(keep), rows):
-            part = slice(start, start + rows)
-            chunk = keep[part]
-            x = h[chunk]
-            logits = x @ weight.T                                             # computed again: cheaper than keeping it
-            BACKENDS[backend][1](logits, flat[chunk], scale, *stats[1:, part], g_logprob[part],
-                                 None if g_entropy is None else g_entropy[part], logits)
-            if need_hidden:
-                grad_hidden[chunk] = logits @ weight
-            if need_weight:                                                   # fp32 sum over chunks: in bf16 it would stall
-                grad_weight.addmm_(logits.T, x) if x.dtype == torch.float32 else grad_weight.add_(logits.T @ x)
-        return (grad_hidden.view(hidden.shape) if need_hidden else None,
-                grad_weight.to(weight.dtype) if need_weight else None, None, None, None, None)
+    def backward(ctx, *upstream):
+        *tensors, stats = ctx.saved_tensors
+        _, grad_h, grad_weight = _sweep(*tensors, *ctx.options, stats, [g.contiguous() for g in upstream])
+        return grad_h, grad_weight, None, None, None, None
+
+
+class _LinearSum(torch.autograd.Function):
+    """All log-probs have the same upstream gradient: gradients for 1 are made in the forward pass, and multiplied by it later."""
+    @staticmethod
+    def forward(ctx, h, weight, targets, *options):
+        one = torch.ones(len(h), device=h.device)
+        stats, *gradients = _sweep(h, weight, targets, *options, None, [one, 0 * one])
+        ctx.save_for_backward(*gradients)
+        return stats[:, 0].sum()
+
+    @staticmethod
+    def backward(ctx, g):
+        return *(None if gradient is None else gradient * g for gradient in ctx.saved_tensors), None, None, None, None
+
+
+def _apply(function, hidden, weight, targets, temperature, backend, chunk_bytes):
+    backend = _pick_backend(backend, hidden)
+    chunk_bytes = chunk_bytes or (GPU_CHUNK if hidden.is_cuda else CPU_CHUNK)
+    rows = max(1, chunk_bytes // (len(weight) * hidden.element_size()))
+    kept = targets != IGNORE                                                      # masked tokens cost nothing from here on
+    return function.apply(hidden[kept], weight, targets[kept], 1 / temperature, backend, rows)
 
 
 def token_logprobs(hidden, weight, targets, *, temperature=1.0, backend="auto", chunk_bytes=None):
@@ -493,13 +474,20 @@ def token_logprobs(hidden, weight, targets, *, temperature=1.0, backend="auto", 
 
     hidden (..., H); weight (V, H), the output head; targets (...) int64, -100 = masked (gives 0, 0 and no gradient).
     backend: "auto" (Triton on CUDA, else PyTorch), "triton" or "torch". chunk_bytes bounds one chunk of logits.
-    Returns logprob, entropy: fp32 in nats, shape of targets, differentiable in hidden and weight. The logits are computed in
-    the dtype of hidden, as the sampler does; everything after them is fp32. The backward pass computes them a second time.
+    Returns logprob, entropy: fp32 in nats, shape of targets, differentiable in hidden and weight with an own upstream
+    gradient per token. The logits are computed in the dtype of hidden, as the sampler does; everything after them is fp32.
+    Raises ValueError for an unknown backend.
     """
-    backend = _pick_backend(backend, hidden)
-    chunk_bytes = chunk_bytes or (GPU_CHUNK if hidden.is_cuda else CPU_CHUNK)
-    rows = max(1, chunk_bytes // (weight.shape[0] * hidden.element_size()))
-    return _LinearLogProb.apply(hidden, weight, targets, 1.0 / temperature, backend, rows)
+    values = _apply(_LinearLogProb, hidden, weight, targets, temperature, backend, chunk_bytes)
+    return tuple(torch.zeros(targets.shape, device=hidden.device).masked_scatter(targets != IGNORE, value) for value in values)
+
+
+def sum_logprob(hidden, weight, targets, *, temperature=1.0, backend="auto", chunk_bytes=None):
+    """The sum of token_logprobs over all tokens, a scalar. Arguments and errors as there.
+
+    For SFT: the gradients are made in the forward pass (wasted under no_grad), with three matrix products in place of four.
+    """
+    return _apply(_LinearSum, hidden, weight, targets, temperature, backend, chunk_bytes)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------

@@ -170,8 +170,9 @@ def train(policy, examples, args, log):
         loss = 0.0
         for group in micro_batches([len(p) + len(r) for p, r in batch], args.micro_tokens):
             inputs, targets = collate([batch[row] for row in group], policy.device, pad)
-            logprob, _ = response_logprobs(model, inputs, targets)
-            part = -logprob.sum() / answer_tokens  # the whole batch's denominator: micro-batches add up exactly
+            hidden = model.model(input_ids=inputs, use_cache=False).last_hidden_state  # (B, T, H)
+            total = sample.sum_logprob(hidden, model.lm_head.weight, targets)
+            part = -total / answer_tokens  # the whole batch's denominator: micro-batches add up exactly
             part.backward()
             loss += part.item()
         optimizer.step(clip=1.0)

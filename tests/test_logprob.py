@@ -85,6 +85,7 @@ def test_offset_strides_and_infinities(backend):
     assert max(errors(function, view, labels, 0.7, torch.randn(3, 8), torch.randn(3, 8))) <= 1e-5
     across = torch.randn(50, 6).T                            # last dimension not dense
     assert max(errors(function, across, torch.randint(50, (6,)), 0.7, torch.randn(6), torch.randn(6))) <= 1e-5
+    assert max(errors(function, logits[::2], targets[::2], 0.7, g_logprob[::2], g_entropy[::2])) <= 1e-5
     cut = logits.clone()
     cut[:, 700:] = -torch.inf                                # a vocabulary padded with impossible tokens
     cut[0, :690] = -torch.inf
@@ -95,6 +96,19 @@ def test_offset_strides_and_infinities(backend):
     expected = reference(cut[:, :700].clone().clamp(min=-1e4), low, 1.0, g_logprob, g_entropy)
     assert max(distance(logprob.detach(), expected[0]), distance(entropy.detach(), expected[1]),
                distance(x.grad[:, :700], expected[2])) <= 1e-5 and not x.grad[:, 700:].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sure_targets_keep_a_gradient(backend):
+    """Catches onehot - p rounded to bf16 too early: a p of 0.999 becomes 1, and nothing is left to learn from."""
+    logits, targets, g_logprob, g_entropy = inputs(12, 1000, torch.bfloat16)
+    logits = logits / 3
+    logits[torch.arange(12), targets.clamp(min=0)] = 14
+    function = lambda x, y, t: sample.logits_logprobs(x, y, backend=backend)
+    assert errors(function, logits, targets, 1.0, g_logprob, 0 * g_entropy)[1] <= 1e-2
+    expected = reference(logits, targets, 1.0, g_logprob, 0 * g_entropy)[2]
+    early = F.one_hot(targets.clamp(min=0), 1000) - torch.softmax(logits.float(), -1).bfloat16()
+    assert distance(early * (g_logprob * (targets != sample.IGNORE))[:, None], expected) > 0.1
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -111,32 +125,79 @@ def test_inputs_stay_unless_overwrite(backend):
         assert torch.equal(x, copy) != overwrite
 
 
+def linear_case(V, N, dtype=torch.float32, H=24):
+    """hidden (N, H), weight (V, H), targets, and the two upstream gradients. Logits near 0.5: see test_linear_against_fp64."""
+    draw = torch.Generator().manual_seed(V + N)
+    hidden, weight = torch.randn(N, H, generator=draw).to(dtype), (0.1 * torch.randn(V, H, generator=draw)).to(dtype)
+    _, *rest = inputs(N, V)
+    return hidden, weight, *rest
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype,bound", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
-def test_linear_against_fp64(backend, dtype, bound):
+@pytest.mark.parametrize("temperature", [0.5, 1.3])
+def test_linear_against_fp64(backend, dtype, bound, temperature):
     """Catches a wrong chunk border, masked tokens that leak a gradient, and a head gradient summed over chunks in bf16.
 
     bf16: the logits are rounded to bf16 before the softmax (as the sampler's are), so they stay small here.
     """
-    for V, N in ((1, 3), (2, 5), (17, 30), (1000, 41), (4097, 8), (1000, 0), (1000, 1)):
-        draw = torch.Generator().manual_seed(V + N)
-        hidden = torch.randn(N, 24, generator=draw).to(dtype)
-        weight = (0.1 * torch.randn(V, 24, generator=draw)).to(dtype)
-        _, targets, g_logprob, g_entropy = inputs(N, V)
-        g_entropy = 0.1 * g_entropy
+    for V, N in ((1, 3), (2, 5), (17, 30), (1000, 41), (4097, 8), (32768, 3), (1000, 0), (1000, 1)):
+        hidden, weight, targets, g_logprob, g_entropy = linear_case(V, N, dtype)
+        g_entropy = g_entropy if dtype == torch.float32 else 0.1 * g_entropy
         h64, w64 = hidden.double().requires_grad_(), weight.double().requires_grad_()
         logits = h64 @ w64.T
-        expected = reference(logits, targets, 0.7, g_logprob, g_entropy)
+        expected = reference(logits, targets, temperature, g_logprob, g_entropy)
         logits.backward(expected[2])
         for chunk_bytes in (None, 7 * V * hidden.element_size()):
             h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-            logprob, entropy = sample.token_logprobs(h, w, targets, temperature=0.7, backend=backend, chunk_bytes=chunk_bytes)
+            logprob, entropy = sample.token_logprobs(h, w, targets, temperature=temperature, backend=backend, chunk_bytes=chunk_bytes)
             (logprob * g_logprob + entropy * g_entropy).sum().backward()
             assert logprob.dtype == entropy.dtype == torch.float32
             if V > 1:                                        # V = 1: log-prob, entropy and gradient are exactly 0
                 assert distance(logprob.detach(), expected[0]) <= bound and distance(entropy.detach(), expected[1]) <= bound
                 assert distance(h.grad, h64.grad) <= bound and distance(w.grad, w64.grad) <= bound
             assert not h.grad[targets == sample.IGNORE].any() and not logprob[targets == sample.IGNORE].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype,bound", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_sum_against_fp64(backend, dtype, bound):
+    """Catches gradients made in the forward pass that miss a chunk, the mask, the temperature, or what comes from upstream."""
+    for V, N in ((2, 5), (17, 30), (4097, 8), (1000, 0), (1000, 1)):
+        hidden, weight, targets, _, _ = linear_case(V, N, dtype)
+        h64, w64 = hidden.double().requires_grad_(), weight.double().requires_grad_()
+        kept = targets != sample.IGNORE
+        expected = torch.log_softmax(h64 @ w64.T / 0.7, -1)[kept, targets[kept]].sum()
+        (-0.3 * expected).backward()
+        for chunk_bytes in (None, 7 * V * hidden.element_size()):
+            h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+            total = sample.sum_logprob(h, w, targets, temperature=0.7, backend=backend, chunk_bytes=chunk_bytes)
+            (-0.3 * total).backward()
+            assert total.dtype == torch.float32 and total.shape == () and distance(total.detach(), expected.detach()) <= bound
+            assert distance(h.grad, h64.grad) <= bound and distance(w.grad, w64.grad) <= bound
+            assert not h.grad[~kept].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_linear_takes_views_and_empty_masks(backend):
+    """Catches strides that are ignored, and a batch without a single target (all prompt) that fails or gives no gradient."""
+    block, wide = torch.randn(3, 9, 40, requires_grad=True), torch.randn(30, 77, requires_grad=True)
+    hidden, weight = block[:, :-1, 3:33], wide.T[::2]        # neither is dense
+    targets = torch.randint(39, (9, 3)).T[:, 1:]
+    g_logprob, g_entropy = torch.randn(3, 8), torch.randn(3, 8)
+    logits = hidden.detach().double() @ weight.detach().double().T
+    expected = reference(logits, targets, 1.0, g_logprob, g_entropy)
+    logprob, entropy = sample.token_logprobs(hidden, weight, targets, backend=backend)
+    (logprob * g_logprob + entropy * g_entropy).sum().backward()
+    assert max(distance(logprob.detach(), expected[0]), distance(entropy.detach(), expected[1])) <= 1e-5
+    assert distance(block.grad[:, :-1, 3:33], expected[2] @ weight.detach().double()) <= 1e-5
+    assert distance(wide.grad.T[::2], expected[2].flatten(0, 1).T @ hidden.detach().double().flatten(0, 1)) <= 1e-5
+    for function in (sample.token_logprobs, sample.sum_logprob):
+        block.grad = wide.grad = None
+        result = function(hidden, weight, torch.full((3, 8), sample.IGNORE), backend=backend)
+        total = result[0].sum() + result[1].sum() if isinstance(result, tuple) else result
+        total.backward()
+        assert total == 0 and not block.grad.any() and not wide.grad.any()
 
 
 def test_one_output_or_one_input_is_enough():
@@ -151,11 +212,18 @@ def test_one_output_or_one_input_is_enough():
     sample.token_logprobs(hidden, weight, targets)[1].sum().backward()
     p = torch.softmax(hidden @ weight.T, -1)
     assert distance(hidden.grad, torch.autograd.grad(-(p * p.log()).sum(), hidden)[0]) <= 1e-5
+    hidden.grad = None
+    sample.sum_logprob(hidden, weight, targets).backward()
+    assert distance(hidden.grad, expected) <= 1e-5 and weight.grad is None
+    weight.requires_grad_()
+    sample.sum_logprob(hidden.detach(), weight, targets).backward()
+    assert distance(weight.grad, (F.one_hot(targets, 11) - p).flatten(0, 1).T @ hidden.flatten(0, 1)) <= 1e-5
     with pytest.raises(ValueError, match="backend"):
         sample.token_logprobs(hidden, weight, targets, backend="cuda")
 
 
-def test_whole_sft_step_equals_cross_entropy():
+@pytest.mark.parametrize("loss", ["tokens", "sum"])
+def test_whole_sft_step_equals_cross_entropy(loss):
     """Catches a loss that is close but not the model's: every parameter's gradient, against F.cross_entropy."""
     from test_sample import make_model
     model, ids = make_model("qwen2"), torch.randint(3, 160, (3, 20))
@@ -164,8 +232,9 @@ def test_whole_sft_step_equals_cross_entropy():
     F.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), targets.flatten()).backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
-    logprob, _ = sample.token_logprobs(model.model(ids).last_hidden_state[:, :-1], model.lm_head.weight, targets)
-    (-logprob.sum() / (targets != sample.IGNORE).sum()).backward()
+    hidden, head = model.model(ids).last_hidden_state[:, :-1], model.lm_head.weight
+    total = sample.token_logprobs(hidden, head, targets)[0].sum() if loss == "tokens" else sample.sum_logprob(hidden, head, targets)
+    (-total / (targets != sample.IGNORE).sum()).backward()
     assert max(distance(p.grad, expected[name]) for name, p in model.named_parameters()) <= 1e-5
 
 
@@ -175,24 +244,26 @@ class Wrong(torch.autograd.Function):
     def forward(ctx, logits, targets, temperature, fault):
         scale = 1 / temperature
         x = F.pad(logits, (0, 24)) if fault == "tail not masked" else logits
-        logprob, entropy, m, log_d = sample.rows_forward(x, targets, scale)
+        stats = torch.empty(len(x), 4)
+        sample.rows_forward(x, targets, stats, scale)
+        logprob, entropy, m, log_d = stats.unbind(1)
         if fault == "x - (m + log d)":
             lse = m + log_d
             logprob = ((logits.float() * scale).gather(1, targets.clamp(min=0)[:, None])[:, 0] - lse).masked_fill(targets < 0, 0)
             m, log_d = lse, torch.zeros_like(lse)
-        ctx.save_for_backward(logits, targets, entropy, m, log_d)
+        ctx.save_for_backward(logits, targets, torch.stack([logprob, entropy, m, log_d], 1))
         ctx.scale, ctx.fault = scale, fault
-        return logprob, entropy.clone()
+        return logprob.clone(), entropy.clone()
 
     @staticmethod
     def backward(ctx, g_logprob, g_entropy):
-        logits, targets, entropy, m, log_d = ctx.saved_tensors
+        logits, targets, stats = ctx.saved_tensors
         if ctx.fault == "first token's upstream":
             g_logprob, g_entropy = g_logprob[:1].expand_as(g_logprob), g_entropy[:1].expand_as(g_entropy)
         if ctx.fault == "entropy's gradient dropped":
-            g_entropy = None
+            g_entropy = torch.zeros_like(g_entropy)
         out = torch.empty_like(logits)
-        sample.rows_backward(logits, targets, ctx.scale, entropy, m, log_d, g_logprob, g_entropy, out)
+        sample.rows_backward(logits, targets, stats, g_logprob, g_entropy, out, ctx.scale)
         if ctx.fault == "temperature forgotten in the backward":
             out /= ctx.scale
         return out, None, None, None
@@ -282,8 +353,8 @@ def test_kernels_compile_without_spilling(capability, capsys):
         block, warps = sample.launch_shape(V)
         for x in ("*bf16", "*fp32"):
             cases = {
-                "forward": (sample._forward_kernel, [x, i, f, f, f, f, "i64", "i32", "fp32"], {"BLOCK": block}),
-                "backward": (sample._backward_kernel, [x, x, i, f, f, f, f, f, "i64", "i64", "i32", "fp32"], {"BLOCK": block}),
+                "forward": (sample._forward_kernel, [x, i, f, "i64", "i32", "fp32"], {"BLOCK": block}),
+                "backward": (sample._backward_kernel, [x, i, f, f, f, x, "i64", "i64", "i32", "fp32"], {"BLOCK": block}),
                 "draw": (sample._draw_kernel, [x, "*i32", i, i, f, "i64", "i32", "fp32"], {"GREEDY": False, "BLOCK": block})}
             for name, (kernel, types, constants) in cases.items():
                 signature = dict(zip(kernel.arg_names, types + ["constexpr"] * len(constants)))
