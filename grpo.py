@@ -58,7 +58,11 @@ def group_advantages(rewards, std=True, eps=1e-6):
 
 def kl_estimate(logprob, ref_logprob, kind="k3"):
     """Per-token estimate of KL(pi || pi_ref) from tokens drawn from pi; d = log pi_ref - log pi:
-    k1 = -d (unbiased, can be negative), k2 = d^2 / 2 (biased), k3 = exp(d) - d - 1 (unbiased, never negative)."""
+    k1 = -d (unbiased, can be negative), k2 = d^2 / 2 (biased), k3 = exp(d) - d - 1 (unbiased, never negative).
+
+    >>> [round(kl_estimate(torch.tensor(-1.0), torch.tensor(-1.5), kind).item(), 4) for kind in ("k1", "k2", "k3")]
+    [0.5, 0.125, 0.1065]
+    """
     d = ref_logprob - logprob
     if kind == "k1":
         return -d
@@ -112,7 +116,11 @@ def grpo_loss(logprob, old_logprob, ref_logprob, advantages, mask, *, clip=0.2, 
 
 def importance_weight(old_logprob, sampler_logprob, cap):
     """Truncated importance sampling: min(pi_old / pi_sampler, cap) per token, for a sampler that rounds differently from the
-    trainer. Not differentiated; the cap bounds the variance that a few unlikely tokens would bring."""
+    trainer. Not differentiated; the cap bounds the variance that a few unlikely tokens would bring.
+
+    >>> importance_weight(torch.tensor([-1.0, -1.0, -1.5]), torch.tensor([-2.0, -1.0, -1.0]), cap=2.0)
+    tensor([2.0000, 1.0000, 0.6065])
+    """
     return (old_logprob - sampler_logprob).exp().clamp(max=cap)
 
 
