@@ -193,7 +193,8 @@ def train_step(policy, reference, optimizer, examples, sampled, rewards, args):
             if args.epochs > 1:
                 old[k] = sft.response_logprobs(policy.model, inputs, targets, args.temperature)[0]
     left = [row for row in scored if counts[row]]
-    denom = {"sequence": len(left), "token": sum(len(examples[row][1]) for row in left), "constant": len(left) * args.max_new_tokens}[args.norm]
+    denom = {"sequence": len(left), "token": sum(len(examples[row][1]) for row in left),
+             "constant": len(left) * args.max_new_tokens}[args.norm]
     scored_at, sums = time.time(), dict.fromkeys(("kl", "clip_frac", "entropy", "drift_mean"), 0.0)
     drift_max, loss, grad_norm = 0.0, 0.0, 0.0
     for epoch in range(args.epochs):
@@ -256,7 +257,8 @@ def sampler_rows(policy, args, longest, training, row):
 
 def train(policy, reference, optimizer, source, held_out, limit, args, run):
     """The steps that are left: roll out, update, log, save."""
-    first, quiet, checked, chosen = run.state["step"], run.state.get("quiet", 0), run.state.get("checked", False), run.state.get("chosen")
+    state, first = run.state, run.state["step"]
+    quiet, checked, chosen = state.get("quiet", 0), state.get("checked", False), state.get("chosen")
     if args.filter and chosen is None:
         chosen = select(policy, source(), args, limit, wanted=args.steps * args.prompts)
         run.save(0, optimizer, limit=limit, chosen=chosen)
@@ -271,7 +273,8 @@ def train(policy, reference, optimizer, source, held_out, limit, args, run):
     with run:
         for step in progress:
             start = time.time()
-            examples, sampled, rewards, right, stops = roll_out(policy, list(itertools.islice(stream, args.prompts)), args, step, args.n, limit)
+            problems = list(itertools.islice(stream, args.prompts))
+            examples, sampled, rewards, right, stops = roll_out(policy, problems, args, step, args.n, limit)
             s_sample = time.time() - start
             remaining = (args.steps - step + 1) / (args.lr_decay * args.steps) if args.lr_decay else 1.0
             optimizer.adam.param_groups[0]["lr"] = args.lr * min(1.0, remaining)
@@ -333,8 +336,8 @@ def main():
     problems.add_argument("--data", help="JSONL of problems, again and again; default: fresh ones, never the same twice")
     data.add_problem_flags(problems)
     add = problems.add_argument
-    add("--filter", type=int, nargs=2, metavar=("LO", "HI"), help="train only on problems that the SFT policy answers rightly in LO ... HI "
-                                                                  "of 8 rollouts, sampled before the first step (paper: 1 7)")
+    add("--filter", type=int, nargs=2, metavar=("LO", "HI"),
+        help="only problems that the SFT policy answers rightly in LO ... HI of 8 rollouts, sampled before the first step (paper: 1 7)")
     add = parser.add_argument_group("rollouts").add_argument
     add("--steps", type=int, help="default: 220 for a tiny model, else 200")
     add("--prompts", type=int, help="problems a step; default: 16 for a tiny model, else 32")
@@ -381,7 +384,7 @@ def main():
     limit = state.get("limit") or sampler_rows(policy, args, longest, sum(parts.values()), parts["sampler"])
     print(sample.describe(policy))
     print(sft.describe_memory(memory(policy, args, longest, rows=limit), sft.free_memory(policy.model)))
-    run.begin(args, policy.model, free=() if args.lr_decay or args.filter else ("--steps",))  # both make a step depend on the last one
+    run.begin(args, policy.model, free=() if args.lr_decay or args.filter else ["steps"])  # both look ahead to the last step
     if args.steps < state["step"]:
         raise data.InputError(f"--steps {args.steps}: {run.path} is at step {state['step']} already")
     reference = copy.deepcopy(policy.model).requires_grad_(False) if args.beta else None
@@ -402,8 +405,8 @@ def watch(row, args, policy, examples, checked):
     """Say what a person should know about this step; stop on what cannot be right. Returns whether the first mixed
     step has been checked."""
     if not all(abs(row[name]) < float("inf") for name in ("loss", "grad_norm")):  # False for NaN as well
-        raise data.InputError(f"step {row['step']}: the loss or its gradient is not a finite number; the last saved state is "
-                              "untouched: resume from it with a lower --lr")
+        raise data.InputError(f"step {row['step']}: the loss or its gradient is not a finite number; what was saved before is untouched; look "
+                              "at grad_norm and kl in the log, and begin anew under another --out with a lower --lr or --max-grad-norm")
     if row["drift_mean"] > 0.02:
         words = f"step {row['step']}: sampler and trainer disagree by {row['drift_mean']:.3f} nats a token on average (expected: below 0.02)"
         if not checked:  # from the start: a bug or a broken checkpoint. Later: say so, but do not throw a night's run away

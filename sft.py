@@ -119,8 +119,8 @@ def checkpoint_layers(model):
 
 
 def predict_memory(model, tokens, *, reference=False, checkpointing=False, sampler=(0, 0)):
-    """Bytes at the peak of a training step, part by part: {"weights": ..., ...}. An estimate: what is
-    alive lies within a factor of 1.2 (a test measures it); a CPU's allocator may hold half as much again.
+    """Bytes at the peak of a training step, part by part: {"weights": ..., ...}. An estimate: what is alive lies within a factor
+    of 1.2 (a test measures it); a CPU's allocator may hold half as much again.
 
     tokens: those of one micro-batch, padding included. sampler: (rows, length) of its key-value cache, which is kept between
     steps. What a layer keeps for its backward pass, per token of width H with weights of b bytes: for each of the two norms
@@ -170,8 +170,11 @@ class Log:
         """keep: how many rows of an existing file to keep (a resumed run); 0 starts a new file."""
         rows = []
         if keep:
-            with open(path, newline="") as file:
-                rows = list(csv.reader(file))[1:keep + 1]
+            try:
+                with open(path, newline="") as file:
+                    rows = list(csv.reader(file))[1:keep + 1]
+            except OSError as error:
+                raise data.InputError(f"{path}: the log of the run to go on with cannot be read ({error.strerror}); put it back") from None
         with open(f"{path}.tmp", "w", newline="") as file:  # replaced whole: a kill in between would lose the rows
             csv.writer(file).writerows([columns, *rows])
         os.replace(f"{path}.tmp", path)
@@ -207,10 +210,10 @@ class Run:
                 os.remove(leftover)
 
     def begin(self, args, model, free=()):
-        """With the flags complete and the weights loaded: refuse to go on with others than the run was begun with. A new run
-        moves an old result out of the way."""
+        """With the flags complete and the weights loaded: refuse to go on with others than the run was begun with (free: more flags
+        that may change). A new run moves an old result out of the way."""
         flags = {f"--{name.replace('_', '-')}": value for name, value in json.loads(json.dumps(vars(args), default=str)).items()
-                 if name not in self.FREE}
+                 if name not in self.FREE.union(free)}
         checksum = 0
         for p in model.parameters():
             checksum = zlib.crc32(p.detach().cpu().contiguous().view(torch.uint8).numpy(), checksum)
@@ -219,7 +222,7 @@ class Run:
             flags["--data with checksum"] = zlib.crc32(open(args.data, "rb").read())
         self.flags, before = flags, self.state.get("flags", flags)
         for name in flags | before:
-            if flags.get(name) != before.get(name) and name not in free:
+            if flags.get(name) != before.get(name):
                 raise data.InputError(f"{self.path} was begun with {name} {before.get(name)}, not {flags.get(name)}: "
                                       "to go on, repeat the flags and files of its start")
         if "flags" in self.state:
@@ -286,13 +289,17 @@ def check_files(args, parser, start):
     start: the file or name that the weights come from."""
     if args.data:
         refuse(args, parser, ("task", "ops", "size", "depth", "redundancy", "max_answer", "max_value"), "with --data, which brings its problems")
-    refuse(args, parser, *((("depth", "redundancy"), "with --task igsm") if args.task == "igsm" else (("ops", "size"), "with --task promptbench")))
+    elif args.task == "igsm":
+        refuse(args, parser, ("depth", "redundancy"), "with --task igsm")
+    else:
+        refuse(args, parser, ("ops", "size"), f"with --task {args.task}")
     folder = os.path.dirname(args.out) or "."
     if not args.out.endswith(".pt") or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
         raise data.InputError(f"--out {args.out}: must end in .pt and lie in a folder that exists and can be written")
     if os.path.abspath(start) == os.path.abspath(args.out):
         raise data.InputError(f"--out {args.out}: is the file that the run starts from; name another one")
-    if args.export and os.path.exists(args.export) and not args.resume and not (os.path.isdir(args.export) and not os.listdir(args.export)):
+    empty = args.export and os.path.isdir(args.export) and not os.listdir(args.export)
+    if args.export and os.path.exists(args.export) and not empty and not args.resume:
         raise data.InputError(f"--export {args.export}: exists already; name a new folder")
 
 
@@ -332,8 +339,8 @@ def train(policy, examples, args, run, log):
             loss += part.item()
         norm = optimizer.step(clip=1.0)
         if not (abs(loss) < float("inf") and norm < float("inf")):  # False for NaN as well
-            raise data.InputError(f"step {step}: the loss or its gradient is not a finite number; lower --lr (now {args.lr}); "
-                                  "the last saved state is untouched")
+            raise data.InputError(f"step {step}: the loss or its gradient is not a finite number; what was saved before is untouched; "
+                                  f"begin anew under another --out with a lower --lr (now {args.lr})")
         speed = sum(len(p) + len(r) for p, r in batch) / (time.time() - start)
         progress.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s")
         log.row(step=step, loss=loss, tokens_per_s=speed, lr=args.lr)

@@ -207,7 +207,8 @@ def test_gradient_does_not_depend_on_micro_batches(tiny, batch, norm):
 def step_gradient(policy, batch, monkeypatch=None, size=None, **options):
     """(gradient, log row) of one train_step; size: rows in a micro-batch."""
     if size:
-        monkeypatch.setattr(sft, "micro_batches", lambda lengths, tokens: [list(range(len(lengths)))[i:i + size] for i in range(0, len(lengths), size)])
+        monkeypatch.setattr(sft, "micro_batches", lambda lengths, tokens: [list(range(i, min(i + size, len(lengths))))
+                                                                           for i in range(0, len(lengths), size)])
     recorder = Recorder(policy.model)
     row = grpo.train_step(policy, policy.reference, recorder, *batch, arguments(**options))
     return recorder.gradient, row
@@ -343,8 +344,8 @@ def test_every_option_finds_the_better_arm(options):
             if shuffled:
                 rewards = rewards.flatten()[torch.randperm(64, generator=generator)].view(8, 8)
             drawn = arms.flatten().tolist()
-            grpo.train_step(policy, reference if args.beta else None, optimizer, [([0], [a]) for a in drawn], [[logp[a].item()] for a in drawn],
-                            rewards, args)
+            grpo.train_step(policy, reference if args.beta else None, optimizer, [([0], [a]) for a in drawn],
+                            [[logp[a].item()] for a in drawn], rewards, args)
         return model.lm_head.weight[:, 0].softmax(0)[1].item()
     assert final(shuffled=False) > 0.9
     assert final(shuffled=True) < 0.9
@@ -413,7 +414,8 @@ LEARNING = ["--steps", 12, "--entropy", 0.05, "--lr", 1e-3, *SMALL]  # a random 
 def whole(tmp_path_factory, tiny_file):
     """12 steps in one go: weights and rows at the end, and the optimizer after step 11."""
     folder = tmp_path_factory.mktemp("whole")
-    keep = "import sys; sys.path.insert(0, sys.argv[1]); import sft, grpo, data; sft.Run.finish = lambda run: None; sys.argv = sys.argv[1:]; data.run_cli(grpo.main)"
+    keep = ("import sys; sys.path.insert(0, sys.argv[1]); import sft, grpo, data; sft.Run.finish = lambda run: None; "
+            "sys.argv = sys.argv[1:]; data.run_cli(grpo.main)")
     command = [sys.executable, "-c", keep, ROOT, "--ckpt", tiny_file, *LEARNING, "--save-every", 11, "--out", "run.pt"]
     subprocess.run([str(c) for c in command], cwd=folder, check=True, capture_output=True)
     return *outcome(folder, "run"), torch.load(folder / "run.state.pt", weights_only=True)["optimizer"]
@@ -573,7 +575,8 @@ def hugging_face_model(family, vocabulary):
         return Qwen2ForCausalLM(Qwen2Config(**shape, tie_word_embeddings=True))
     if family == "qwen3":
         return Qwen3ForCausalLM(Qwen3Config(**shape, head_dim=16, tie_word_embeddings=False))
-    rope = dict(rope_type="llama3", rope_theta=500000.0, factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=256)
+    rope = dict(rope_type="llama3", rope_theta=500000.0, factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                original_max_position_embeddings=256)
     return LlamaForCausalLM(LlamaConfig(**shape, head_dim=8, rope_parameters=rope, tie_word_embeddings=True))
 
 
@@ -586,7 +589,8 @@ def test_hugging_face_folders_in_and_out(script, tmp_path, family):
     assert len(list((tmp_path / "base").glob("*.safetensors"))) > 1
     small = ["--n", 8, "--batch", 4, "--epochs", 1, "--ops", 1, 1, "--lr", 1e-2]
     for command in (["sft.py", "--model", "base", *small, "--export", "sft"],
-                    ["grpo.py", "--ckpt", "sft", "--steps", 2, *SMALL, "--entropy", 0.05, "--lr", 1e-2, "--gradient-checkpointing", "--export", "rl"]):
+                    ["grpo.py", "--ckpt", "sft", "--steps", 2, *SMALL, "--entropy", 0.05, "--lr", 1e-2, "--gradient-checkpointing",
+                     "--export", "rl"]):
         result = script(*command)
         assert result.returncode == 0, result.stderr
     ids = torch.arange(2, 60)[None]
