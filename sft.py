@@ -3,19 +3,20 @@
     python sft.py                                           # the tiny base on 2,000 BRIDGE examples -> sft.pt
     python sft.py --method vanilla --out vanilla.pt         # the same questions with plain answers
     python sft.py --model Qwen/Qwen2.5-1.5B --data bridge.jsonl
+    python sft.py --model Qwen/Qwen2.5-1.5B --data bridge.jsonl --resume    # go on after a kill or Ctrl-C
     python sft.py --model scratch --out base.pt             # pretrain a tiny base model
 
 The objective is the mean log-prob of the answer's tokens given the prompt:  loss = - sum log pi(o_t | q, o_<t) / tokens.
 Prompt tokens condition and are never trained on. What is masked follows from lengths, never from token values (a pad
 token that equals the end token would otherwise hide the end, and generation would never stop); exactly one end token
-is trained. The first half of this file is shared with grpo.py: batches, log-probs, the optimizer, the log.
+is trained. The first half of this file is shared with grpo.py: batches, log-probs, the optimizer, memory, the log, resuming.
 
 Where we depart from the paper:
 1. for the tiny model, batch, learning rate, epochs and p are its own (PRESETS below); for every other model they are the paper's;
 2. the loss is averaged over the tokens of the whole batch, so it does not depend on how the batch is cut into micro-batches;
 3. `--model scratch` has no counterpart in the paper, which starts from pretrained models.
 """
-import argparse, csv, itertools, os, re, sys, time
+import argparse, csv, glob, itertools, json, os, re, signal, sys, time, zlib
 from random import Random
 
 import torch
@@ -71,7 +72,8 @@ class Optimizer:
     def __init__(self, model, lr, weight_decay=0.01, betas=(0.9, 0.95)):
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.master = [p if p.dtype == torch.float32 else p.detach().float() for p in self.params]
-        self.adam = torch.optim.AdamW(self.master, lr=lr, betas=betas, weight_decay=weight_decay)
+        # foreach, the default on CUDA, would hold a temporary copy of all parameters
+        self.adam = torch.optim.AdamW(self.master, lr=lr, betas=betas, weight_decay=weight_decay, foreach=False)
         for param, master in zip(self.params, self.master):
             if master is not param:
                 param.register_post_accumulate_grad_hook(lambda p, m=master: self._collect(p, m))
@@ -105,6 +107,62 @@ class Optimizer:
                 param.copy_(saved)
 
 
+def checkpoint_layers(model):
+    """Gradient checkpointing: keep only each layer's input and run the layer again in the backward pass.
+
+    Hugging Face's switch acts in training mode alone. So the layers are put there, each by itself: what lies inside them stays
+    in eval mode, dropout stays off, and the log-probs are those that the sampler saw."""
+    # the switch has two names: transformers 5.23 calls the second one deprecated
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)({"use_reentrant": False})
+    for layer in model.model.layers:
+        layer.training = True
+
+
+def predict_memory(model, tokens, *, reference=False, checkpointing=False, sampler=(0, 0)):
+    """Bytes at the peak of a training step, part by part: {"weights": ..., ...}. An estimate: what is alive lies within a factor
+    of 1.2 (a test measures it); a CPU's allocator may hold half as much again.
+
+    tokens: those of one micro-batch, padding included. sampler: (rows, length) of its key-value cache, which is kept between
+    steps. What a layer keeps for its backward pass, per token of width H with weights of b bytes: for each of the two norms
+    the input and its normalised copy and output, 4H + 2bH; queries, keys, values, the attention's output twice, and four
+    tensors of the MLP's width I."""
+    config, weight = model.config, model.lm_head.weight
+    V, H = weight.shape
+    b, layers, P = weight.element_size(), config.num_hidden_layers, sum(p.numel() for p in model.parameters())
+    dim = getattr(config, "head_dim", None) or H // config.num_attention_heads
+    Q, KV = config.num_attention_heads * dim, config.num_key_value_heads * dim
+    layer = tokens * (2 * (4 + 2 * b) * H + b * (3 * Q + 2 * KV + 4 * config.intermediate_size))
+    rows, length = sampler
+    return {"weights": b * P, "fp32 master": 4 * P if b < 4 else 0, "AdamW": 8 * P, "gradients": 4 * P,
+            "reference": b * P if reference else 0,
+            "activations": layers * tokens * b * H + layer if checkpointing else layers * layer,
+            "head": (sample.CPU_CHUNK if weight.device.type == "cpu" else sample.GPU_CHUNK) + (4 + 2 * b) * V * H,  # logits, gradient
+            "sampler": rows * b * (2 * layers * KV * length + 8 * V)}
+
+
+def free_memory(model):
+    """Bytes that this process may hold in all, weights included; None where nobody can say (macOS, Windows)."""
+    device, weights = model.device, sum(p.nbytes for p in model.parameters())
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    if device.type == "cpu" and os.path.exists("/proc/meminfo"):
+        return int(re.search(r"MemAvailable:\s+(\d+) kB", open("/proc/meminfo").read())[1]) * 1024 + weights
+    return None
+
+
+def describe_memory(parts, free):
+    """The start line: the predicted peak and its parts, and what to lower where that is more than is free."""
+    total, by_size = sum(parts.values()), sorted(parts.items(), key=lambda item: -item[1])
+    line = f"memory: {total / 1e9:.2f} GB predicted at the peak (" + ", ".join(f"{k} {v / 1e9:.2f}" for k, v in by_size if v > 5e6) + ")"
+    if free is None or total <= free:
+        return line
+    remedies = {"activations": "lower --micro-tokens or pass --gradient-checkpointing", "sampler": "lower --max-new-tokens",
+                "reference": "--beta 0 keeps no reference"}
+    lowerable = [(name, remedy) for name, _ in by_size if (remedy := remedies.get(name)) and parts[name]]
+    fits = total - sum(parts[name] for name, _ in lowerable) < free
+    return line + f"; warning: only {free / 1e9:.2f} GB are free: " + (lowerable[0][1] if fits else "no flag can help, take a smaller model")
+
+
 class Log:
     """A CSV file, one row a step. Values that were not measured stay empty."""
 
@@ -112,16 +170,93 @@ class Log:
         """keep: how many rows of an existing file to keep (a resumed run); 0 starts a new file."""
         rows = []
         if keep:
-            with open(path, newline="") as file:
-                rows = list(csv.reader(file))[1:keep + 1]
-        self.file, self.columns = open(path, "w", newline=""), columns
+            try:
+                with open(path, newline="") as file:
+                    rows = list(csv.reader(file))[1:keep + 1]
+            except OSError as error:
+                raise data.InputError(f"{path}: the log of the run to go on with cannot be read ({error.strerror}); put it back") from None
+        with open(f"{path}.tmp", "w", newline="") as file:  # replaced whole: a kill in between would lose the rows
+            csv.writer(file).writerows([columns, *rows])
+        os.replace(f"{path}.tmp", path)
+        self.file, self.columns = open(path, "a", newline=""), columns
         self.writer = csv.writer(self.file)
-        self.writer.writerows([columns, *rows])
-        self.file.flush()
 
     def row(self, **values):
         self.writer.writerow([f"{v:.6g}" if isinstance(v, float) else v for v in (values.get(c, "") for c in self.columns)])
         self.file.flush()
+
+
+class Run:
+    """What makes a run survive: OUT.state.pt holds its last saved step, replaced whole or not at all, and Ctrl-C waits for the
+    end of a step. No generator's state is saved: what a step draws follows from the flags and its number."""
+    # may change when a run goes on: they name files (whose contents are compared) or do not touch what is computed
+    FREE = {"ckpt", "model", "data", "out", "export", "resume", "save_every", "eval_every", "eval_n", "patience", "command"}
+
+    def __init__(self, out, resume):
+        self.path, self.state, self.stop = out.removesuffix(".pt") + ".state.pt", {"step": 0}, False
+        if os.path.exists(self.path):
+            if not resume:
+                raise data.InputError(f"{self.path} holds an unfinished run: pass --resume to go on, another --out, or delete that file")
+            try:
+                self.state = torch.load(self.path, map_location="cpu", weights_only=True)
+                self.state["step"], self.state["flags"], self.state["optimizer"]
+            except Exception:
+                raise data.InputError(f"{self.path}: not a saved state, or damaged; delete it to start anew") from None
+        elif resume and os.path.exists(out):
+            print(f"{out} is finished: nothing to resume")
+            raise SystemExit(0)
+        for path in (out, self.path):  # what a kill during a save left behind
+            for leftover in glob.glob(glob.escape(path) + "*.tmp"):
+                os.remove(leftover)
+
+    def begin(self, args, model, free=()):
+        """With the flags complete and the weights loaded: refuse to go on with others than the run was begun with (free: more flags
+        that may change). A new run moves an old result out of the way."""
+        flags = {f"--{name.replace('_', '-')}": value for name, value in json.loads(json.dumps(vars(args), default=str)).items()
+                 if name not in self.FREE.union(free)}
+        checksum = 0
+        for p in model.parameters():
+            checksum = zlib.crc32(p.detach().cpu().contiguous().view(torch.uint8).numpy(), checksum)
+        flags["a model with checksum"] = checksum
+        if args.data:
+            flags["--data with checksum"] = zlib.crc32(open(args.data, "rb").read())
+        self.flags, before = flags, self.state.get("flags", flags)
+        for name in flags | before:
+            if flags.get(name) != before.get(name):
+                raise data.InputError(f"{self.path} was begun with {name} {before.get(name)}, not {flags.get(name)}: "
+                                      "to go on, repeat the flags and files of its start")
+        if "flags" in self.state:
+            print(f"resuming {args.out} after step {self.state['step']}")
+        else:
+            set_aside(args.out)
+
+    def save(self, step, optimizer, **more):
+        sample.write_atomically(self.path, {"step": step, "flags": self.flags, "optimizer": optimizer.state(), **more})
+
+    def end_of_step(self, step, last, every, optimizer, **more):
+        """Save where it is due; save and stop where Ctrl-C asked for it. After the last step there is nothing to go on with."""
+        if step < last and (self.stop or step % every == 0):
+            self.save(step, optimizer, **more)
+        if step < last and self.stop:
+            print(f"\nstopped after step {step} of {last}, saved in {self.path}: the same command with --resume goes on", file=sys.stderr)
+            raise SystemExit(130)
+
+    def finish(self):
+        if os.path.exists(self.path):
+            os.remove(self.path)
+
+    def __enter__(self):
+        self.before = signal.signal(signal.SIGINT, self.interrupt)
+        return self
+
+    def __exit__(self, *_):
+        signal.signal(signal.SIGINT, self.before)
+
+    def interrupt(self, *_):
+        if self.stop:
+            raise KeyboardInterrupt  # what was saved before stays whole
+        self.stop = True
+        print("\nfinishing this step, then saving; Ctrl-C again stops at once", file=sys.stderr)
 
 
 def set_aside(path):
@@ -135,11 +270,37 @@ def set_aside(path):
         print(f"{path} existed: renamed to {stem}.{number}{suffix}")
 
 
-def check_out(path):
-    """Refuse an output that could not be written at the end of a long run."""
-    folder = os.path.dirname(path) or "."
-    if not path.endswith(".pt") or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-        raise data.InputError(f"--out {path}: must end in .pt and lie in a folder that exists and can be written")
+def check_positive(args, *flags):
+    for flag in flags:
+        value = getattr(args, flag)
+        if value is not None and not 0 < value < float("inf"):
+            raise data.InputError(f"--{flag.replace('_', '-')} {value}: must be above 0")
+
+
+def refuse(args, parser, flags, why):
+    """Raise where one of `flags` was given that another flag makes meaningless."""
+    for flag in flags:
+        if getattr(args, flag) != parser.get_default(flag):
+            raise data.InputError(f"--{flag.replace('_', '-')} has no effect {why}: leave one of the two out")
+
+
+def check_files(args, parser, start):
+    """Refuse flags that contradict each other on what is read, and outputs that could not be written at the end of a long run.
+    start: the file or name that the weights come from."""
+    if args.data:
+        refuse(args, parser, ("task", "ops", "size", "depth", "redundancy", "max_answer", "max_value"), "with --data, which brings its problems")
+    elif args.task == "igsm":
+        refuse(args, parser, ("depth", "redundancy"), "with --task igsm")
+    else:
+        refuse(args, parser, ("ops", "size"), f"with --task {args.task}")
+    folder = os.path.dirname(args.out) or "."
+    if not args.out.endswith(".pt") or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+        raise data.InputError(f"--out {args.out}: must end in .pt and lie in a folder that exists and can be written")
+    if os.path.abspath(start) == os.path.abspath(args.out):
+        raise data.InputError(f"--out {args.out}: is the file that the run starts from; name another one")
+    empty = args.export and os.path.isdir(args.export) and not os.listdir(args.export)
+    if args.export and os.path.exists(args.export) and not empty and not args.resume:
+        raise data.InputError(f"--export {args.export}: exists already; name a new folder")
 
 
 # ------------------------------------------------------------------------------------------- the SFT loop
@@ -155,15 +316,17 @@ def load_examples(policy, problems, max_length):
     return kept
 
 
-def train(policy, examples, args, log):
-    """Supervised fine-tuning of policy.model on (prompt, response) token lists, in place."""
+def train(policy, examples, args, run, log):
+    """Supervised fine-tuning of policy.model on (prompt, response) token lists, in place, from the step that `run` has reached."""
     model, pad = policy.model, policy.tokenizer.pad_token_id or 0
-    optimizer = Optimizer(model, args.lr, args.weight_decay)
+    optimizer, first = Optimizer(model, args.lr, args.weight_decay), run.state["step"]
+    if first:
+        optimizer.load_state(run.state["optimizer"])
     batches = [order[i:i + args.batch] for epoch in range(args.epochs)
                for order in [Random(f"{args.seed} {epoch}").sample(range(len(examples)), len(examples))]
                for i in range(0, len(order), args.batch)]
-    progress = tqdm(batches, desc="sft", unit="step", mininterval=1)
-    for step, rows in enumerate(progress, 1):
+    progress = tqdm(batches[first:], desc="sft", unit="step", mininterval=1, initial=first, total=len(batches))
+    for step, rows in enumerate(progress, first + 1):
         start = time.time()
         batch = [examples[row] for row in rows]
         answer_tokens = sum(len(response) for _, response in batch)
@@ -175,12 +338,14 @@ def train(policy, examples, args, log):
             part = -total / answer_tokens  # the whole batch's denominator: micro-batches add up exactly
             part.backward()
             loss += part.item()
-        optimizer.step(clip=1.0)
-        if loss != loss:
-            raise data.InputError(f"the loss is not a number at step {step}: lower --lr (now {args.lr}); nothing was written")
+        norm = optimizer.step(clip=1.0)
+        if not (abs(loss) < float("inf") and norm < float("inf")):  # False for NaN as well
+            raise data.InputError(f"step {step}: the loss or its gradient is not a finite number; what was saved before is untouched; "
+                                  f"begin anew under another --out with a lower --lr (now {args.lr})")
         speed = sum(len(p) + len(r) for p, r in batch) / (time.time() - start)
         progress.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s")
         log.row(step=step, loss=loss, tokens_per_s=speed, lr=args.lr)
+        run.end_of_step(step, len(batches), args.save_every, optimizer)
     return loss
 
 
@@ -372,6 +537,9 @@ def main():
     add("--weight-decay", type=float, default=0.01)
     add("--max-length", type=int, default=2048, help="longer examples are left out, tokens")
     add("--micro-tokens", type=int, default=4096, help="tokens in one forward pass: lower it when memory runs out")
+    add("--gradient-checkpointing", action="store_true", help="keep layer inputs only and compute the rest twice: less memory, slower")
+    add("--resume", action="store_true", help="go on with an unfinished run of the same --out")
+    add("--save-every", type=int, default=25, help="steps between saved states")
     add("--export", metavar="FOLDER", help="also write a Hugging Face folder")
     scratch = parser.add_argument_group("pretraining (--model scratch)")
     scratch.add_argument("--tokens", type=float, default=24e6)
@@ -380,12 +548,22 @@ def main():
     scratch.add_argument("--heads", type=int, default=2)
     args = parser.parse_args()
     options = data.problem_options(args)
-    for flag in ("n", "batch", "epochs", "max_length", "micro_tokens", "tokens", "width", "layers", "heads", "lr"):
-        if getattr(args, flag) is not None and getattr(args, flag) <= 0:
-            raise data.InputError(f"--{flag.replace('_', '-')} must be above 0")
+    check_positive(args, "n", "batch", "epochs", "max_length", "micro_tokens", "save_every", "tokens", "width", "layers", "heads", "lr")
     if args.p is not None and not 0 <= args.p <= 1:
         raise data.InputError("--p must lie in 0 ... 1")
-    check_out(args.out)
+    if args.weight_decay < 0:
+        raise data.InputError("--weight-decay must be at least 0")
+    start = sample.TINY_BASE if args.model == "tiny" else args.model
+    check_files(args, parser, start)
+    if args.data:
+        refuse(args, parser, ("method", "behaviors", "p", "n"), "with --data, which brings its answers")
+    if args.method in ("vanilla", "pp-aug", "rc-aug"):
+        refuse(args, parser, ("behaviors", "p"), f"with --method {args.method}")
+    if args.model == "scratch":
+        refuse(args, parser, ("data", "method", "behaviors", "p", "n", "batch", "epochs", "gradient_checkpointing", "resume", "export"),
+               "with --model scratch")
+    else:
+        refuse(args, parser, ("tokens", "width", "layers", "heads"), "without --model scratch")
     args.command = " ".join(["python", "sft.py", *sys.argv[1:]])
     if args.model == "scratch":
         if args.task != "igsm":
@@ -397,7 +575,8 @@ def main():
         set_aside(args.out)
         pretrain(policy, args, options["ops"], options["max_value"])
         return
-    policy = sample.load_policy(sample.TINY_BASE if args.model == "tiny" else args.model)
+    run = Run(args.out, args.resume)
+    policy = sample.load_policy(start)
     small = sum(p.numel() for p in policy.model.parameters()) < 50e6
     for flag, value in PRESETS["tiny" if small else "paper"].items():
         if getattr(args, flag) is None:
@@ -415,15 +594,21 @@ def main():
     examples = load_examples(policy, problems, args.max_length)
     print(f"{len(examples)} examples ({args.data or args.method}), {sum(len(p) + len(r) for p, r in examples) / len(examples):.0f} tokens "
           f"each; batch {args.batch}, lr {args.lr}, {args.epochs} epochs; writes {args.out}")
-    set_aside(args.out)
-    log = Log(args.out.removesuffix(".pt") + ".csv", ["step", "loss", "tokens_per_s", "lr"])
-    start = time.time()
-    loss = train(policy, examples, args, log)
+    tokens = max(args.micro_tokens, max(len(p) + len(r) for p, r in examples))
+    print(describe_memory(predict_memory(policy.model, tokens, checkpointing=args.gradient_checkpointing), free_memory(policy.model)))
+    run.begin(args, policy.model)
+    if args.gradient_checkpointing:
+        checkpoint_layers(policy.model)
+    log = Log(args.out.removesuffix(".pt") + ".csv", ["step", "loss", "tokens_per_s", "lr"], keep=run.state["step"])
+    begun = time.time()
+    with run:
+        loss = train(policy, examples, args, run, log)
     info = dict(vars(args), base=policy.info, stage="sft", loss=loss)
     sample.save_policy(args.out, policy, info)
     if args.export:
         sample.export_policy(policy, args.export)
-    print(f"{args.out}: loss {loss:.3f} after {time.time() - start:.0f} s; next: python grpo.py --ckpt {args.out}")
+    run.finish()
+    print(f"{args.out}: loss {loss:.3f} after {time.time() - begun:.0f} s; next: python grpo.py --ckpt {args.out}")
 
 
 if __name__ == "__main__":

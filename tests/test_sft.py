@@ -60,6 +60,17 @@ def test_gradient_is_that_of_cross_entropy_for_every_micro_batch(tiny):
     assert relative(wrong, truth) > 1e-3
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradient_is_the_same_for_1_2_3_7_and_all_rows(tiny, checkpointing):
+    """Bug: a sum over micro-batches that is not the batch's gradient to the last digits, with layers computed twice as well."""
+    policy = tiny()
+    batch, rows = draw_examples(policy, 11), list(range(11))
+    truth = gradients(policy, batch, [rows])
+    if checkpointing:
+        sft.checkpoint_layers(policy.model)
+    assert all(relative(gradients(policy, batch, [rows[i:i + n] for i in range(0, 11, n)]), truth) < 1e-6 for n in (1, 2, 3, 7, 11))
+
+
 def test_micro_batches_cover_every_row_once_within_the_bound():
     """Bugs: a row lost or doubled at a group's border; a group over the memory bound."""
     lengths = [Random(1).randint(5, 90) for _ in range(101)]
@@ -128,6 +139,23 @@ def test_fine_tuning_learns_and_writes(script, tmp_path, tiny_file, method):
     assert sample.load_policy(tmp_path / "sft.pt").info["method"] == method
 
 
+def test_a_stop_for_numbers_leaves_the_last_good_state(script, tmp_path, tiny_file, monkeypatch):
+    """Bug: weights of a run that has blown up, saved over those that could have been resumed from."""
+    calls, logprobs = [], sft.response_logprobs
+
+    def broken(*arguments):
+        calls.append(1)
+        values, entropy = logprobs(*arguments)
+        return (values * float("nan") if len(calls) == 3 else values), entropy
+    monkeypatch.setattr(sft, "response_logprobs", broken)
+    base = ["sft.py", "--model", tiny_file, "--n", 20, "--batch", 4, "--ops", 1, 1, "--save-every", 1]
+    result = script(*base)
+    assert result.returncode == 2 and "step 3" in result.stderr and "--lr" in result.stderr
+    state = torch.load(tmp_path / "sft.state.pt", weights_only=True)
+    assert state["step"] == 2 and all(w.isfinite().all() for w in state["optimizer"]["master"]) and not (tmp_path / "sft.pt").exists()
+    assert script(*base, "--resume").returncode == 0
+
+
 @pytest.mark.parametrize("arguments, words", [
     (["--model", "nowhere.pt"], ["nowhere.pt"]),
     (["--data", "nowhere.jsonl"], ["nowhere.jsonl"]),
@@ -137,6 +165,13 @@ def test_fine_tuning_learns_and_writes(script, tmp_path, tiny_file, method):
     (["--batch", "0"], ["--batch"]),
     (["--p", "1.5"], ["--p"]),
     (["--out", "nowhere/sft.pt"], ["--out"]),
+    (["--lr", "inf"], ["--lr inf"]),
+    (["--data", "silent.jsonl", "--ops", "1", "2"], ["--ops", "--data"]),
+    (["--data", "silent.jsonl", "--method", "vanilla"], ["--method", "--data"]),
+    (["--method", "vanilla", "--p", "0.5"], ["--p", "vanilla"]),
+    (["--width", "64"], ["--width", "scratch"]),
+    (["--model", "scratch", "--resume"], ["--resume", "scratch"]),
+    (["--export", "silent.jsonl"], ["--export silent.jsonl"]),
     (["--epoch", "3"], ["--epoch"]),  # no abbreviations: a typo must not be read as another flag
 ])
 def test_bad_input_is_one_sentence(script, tmp_path, tiny_file, arguments, words):
