@@ -403,15 +403,16 @@ def draw_sum(rng):
 
 
 def pretraining_text(rng, progress, ops, max_value):
-    """One (question, response) of what the base model reads, from short to long as `progress` goes from 0 to 1.
+    """One (question, response, whole) of what the base model reads, from short to long as `progress` goes from 0 to 1.
 
-    Plain answers to easy problems, where every step has one operation; premises repeated in another order, which is
-    pure retrieval and the skill that takes longest to learn; and sums. None of the injected behaviors occurs, and no
-    step with two operations: how to take those is what SFT teaches, in one go or one by one."""
+    Plain answers to easy problems; premises repeated in another order, which is pure retrieval and the skill that takes
+    longest to learn; and sums of two numbers. None of the injected behaviors occurs. An answer stops before the value of
+    its first step with several operations (whole is False then): the base can set such a step up but not work it out. How
+    to do that, in one go or one operation at a time, is what SFT teaches."""
     kind, grown = rng.random(), min(1.0, 2 * progress)
     retrieval = 0.9 if progress < 0.12 else 0.45 if progress < 0.4 else 0.3  # retrieval first: everything else rests on it
     if kind < 0.1:
-        return SUMS, "\n".join(["<think>", *(draw_sum(rng) for _ in range(12))])
+        return SUMS, "\n".join(["<think>", *(draw_sum(rng) for _ in range(12))]), True
     if kind < retrieval:
         wanted = rng.randint(2, 4 + round(10 * grown))
         options = dict(ops=(1, wanted), size=(wanted, wanted), max_answer=10**9)
@@ -419,13 +420,16 @@ def pretraining_text(rng, progress, ops, max_value):
         wanted = rng.randint(ops[0], ops[0] + round((ops[1] - ops[0]) * grown))
         options = dict(ops=(wanted, wanted), max_value=max_value)
     problem = ""
-    while (isinstance(problem, str) or data.split_of(problem.question) != "train" or kind >= retrieval and
-           any(problem.nodes[q].operations > 1 for q in data.needed_nodes(problem.nodes, problem.target))):
+    while isinstance(problem, str) or data.split_of(problem.question) != "train":
         problem = data.draw_problem(rng, **options)
-    if kind >= retrieval:
-        return problem.question, problem.response
-    premises = problem.question.split("\n")[:-1]
-    return "\n".join(premises + [REPEAT]), "\n".join(["<think>", *rng.sample(premises, len(premises))])
+    if kind < retrieval:
+        premises = problem.question.split("\n")[:-1]
+        return "\n".join(premises + [REPEAT]), "\n".join(["<think>", *rng.sample(premises, len(premises))]), True
+    lines = problem.response.split("\n")
+    for number, (step, line) in enumerate(zip(data.read_steps(problem, problem.response), lines[1:]), 2):
+        if problem.nodes[step.node].operations > 1:
+            return problem.question, "\n".join([*lines[:number - 1], line.rpartition(" = ")[0]]), False
+    return problem.question, problem.response, True
 
 
 def token_kinds(texts):
@@ -477,9 +481,13 @@ def pretrain(policy, args, ops, max_value):
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     optimizers = [torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
                   torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)]
-    rng, held_out, encode = Random(args.seed), Random(f"held out {args.seed}"), lambda pair: (
-        sample.encode_prompt(policy.tokenizer, pair[0]), sample.encode_response(policy.tokenizer, pair[1]))
-    draw = lambda source, progress: encode(pretraining_text(source, progress, ops, max_value))
+    rng, held_out = Random(args.seed), Random(f"held out {args.seed}")
+
+    def draw(source, progress):
+        question, response, whole = pretraining_text(source, max(progress, 0.5 * bool(args.start)), ops, max_value)
+        tokens = sample.encode_response(policy.tokenizer, response)
+        return sample.encode_prompt(policy.tokenizer, question), tokens if whole else tokens[:-1]  # no end token where it is cut
+
     examples = [draw(held_out, 1.0) for _ in range(128)]
     log = Log(args.out.removesuffix(".pt") + ".csv",
               ["step", "tokens", "loss", "tokens_per_s", "lr", "copied", "named", "premise", "numbers", "value"])
@@ -542,6 +550,7 @@ def main():
     add("--save-every", type=int, default=25, help="steps between saved states")
     add("--export", metavar="FOLDER", help="also write a Hugging Face folder")
     scratch = parser.add_argument_group("pretraining (--model scratch)")
+    scratch.add_argument("--start", metavar="FILE", help="go on from this tiny base, with long texts from the beginning")
     scratch.add_argument("--tokens", type=float, default=24e6)
     scratch.add_argument("--width", type=int, default=128)
     scratch.add_argument("--layers", type=int, default=6)
@@ -571,7 +580,7 @@ def main():
         if args.width % (2 * args.heads):
             raise data.InputError("--width must be divisible by twice --heads")
         args.lr = args.lr or 2e-3
-        policy = tiny_policy(args.width, args.layers, args.heads, args.seed)
+        policy = sample.load_policy(args.start) if args.start else tiny_policy(args.width, args.layers, args.heads, args.seed)
         set_aside(args.out)
         pretrain(policy, args, options["ops"], options["max_value"])
         return
