@@ -133,10 +133,11 @@ def predict_memory(model, tokens, *, reference=False, checkpointing=False, sampl
     Q, KV = config.num_attention_heads * dim, config.num_key_value_heads * dim
     layer = tokens * (2 * (4 + 2 * b) * H + b * (3 * Q + 2 * KV + 4 * config.intermediate_size))
     rows, length = sampler
+    chunk = sample.CPU_CHUNK if weight.device.type == "cpu" else sample.GPU_CHUNK
     return {"weights": b * P, "fp32 master": 4 * P if b < 4 else 0, "AdamW": 8 * P, "gradients": 4 * P,
             "reference": b * P if reference else 0,
             "activations": layers * tokens * b * H + layer if checkpointing else layers * layer,
-            "head": (sample.CPU_CHUNK if weight.device.type == "cpu" else sample.GPU_CHUNK) + (4 + 2 * b) * V * H,  # logits, gradient
+            "head": min(chunk, b * tokens * V) + (4 + 2 * b) * V * H,  # logits, the weight's gradient
             "sampler": rows * b * (2 * layers * KV * length + 8 * V)}
 
 
@@ -395,41 +396,43 @@ def tiny_policy(width, layers, heads, seed):
 
 
 def draw_sum(rng):
-    """A line of arithmetic with one operation, "7 + 24 = 31."."""
-    small, number = rng.randint(0, 9), rng.randint(-30, 99) if rng.random() < 0.15 else rng.randint(0, 99)
-    symbol = rng.choice("*++-")
-    formula = (small, "*", rng.randint(0, 99 // max(small, 1))) if symbol == "*" else (rng.choice((small, rng.randint(0, 99))), symbol, number)
+    """A line of arithmetic, "7 + 24 = 31.", of the shapes that the premises produce."""
+    small, number = (lambda: rng.randint(0, 9)), (lambda: rng.randint(-30, 99) if rng.random() < 0.15 else rng.randint(0, 40))
+    shape = rng.random()
+    if shape < 0.25:
+        formula = (small(), "*", rng.randint(0, 30))
+    elif shape < 0.35:
+        formula = (small(), "*", "(", number(), rng.choice("+-"), number(), ")")
+    elif shape < 0.42:
+        formula = (small(), "*", small(), "+", small(), "*", small())
+    else:
+        formula = (rng.choice((small, number))(),)
+        for symbol in ("-",) if shape < 0.6 else "+" * rng.choice((1, 1, 1, 2, 3)):
+            formula += (symbol, number())
     return f"{data.show(formula)} = {data.evaluate(formula)}."
 
 
 def pretraining_text(rng, progress, ops, max_value):
-    """One (question, response, whole) of what the base model reads, from short to long as `progress` goes from 0 to 1.
+    """One (question, response) of what the base model reads, from short to long as `progress` goes from 0 to 1.
 
-    Plain answers to easy problems; premises repeated in another order, which is pure retrieval and the skill that takes
-    longest to learn; and sums of two numbers. None of the injected behaviors occurs. An answer stops before the value of
-    its first step with several operations (whole is False then): the base can set such a step up but not work it out. How
-    to do that, in one go or one operation at a time, is what SFT teaches."""
+    Plain answers to easy problems; premises repeated in another order, which is pure retrieval and the skill that
+    takes longest to learn; and sums. None of the injected behaviors occurs."""
     kind, grown = rng.random(), min(1.0, 2 * progress)
-    retrieval = 0.9 if progress < 0.12 else 0.45 if progress < 0.4 else 0.3  # retrieval first: everything else rests on it
+    retrieval = 0.9 if progress < 0.12 else 0.45  # retrieval first: everything else rests on it
     if kind < 0.1:
-        return SUMS, "\n".join(["<think>", *(draw_sum(rng) for _ in range(12))]), True
+        return SUMS, "\n".join(["<think>", *(draw_sum(rng) for _ in range(12))])
     if kind < retrieval:
         wanted = rng.randint(2, 4 + round(10 * grown))
         options = dict(ops=(1, wanted), size=(wanted, wanted), max_answer=10**9)
     else:
-        wanted = rng.randint(ops[0], ops[0] + round((ops[1] - ops[0]) * grown))
-        options = dict(ops=(wanted, wanted), max_value=max_value)
+        options = dict(ops=(ops[0], ops[0] + round((ops[1] - ops[0]) * grown)), max_value=max_value)
     problem = ""
     while isinstance(problem, str) or data.split_of(problem.question) != "train":
         problem = data.draw_problem(rng, **options)
-    if kind < retrieval:
-        premises = problem.question.split("\n")[:-1]
-        return "\n".join(premises + [REPEAT]), "\n".join(["<think>", *rng.sample(premises, len(premises))]), True
-    lines = problem.response.split("\n")
-    for number, (step, line) in enumerate(zip(data.read_steps(problem, problem.response), lines[1:]), 2):
-        if problem.nodes[step.node].operations > 1:
-            return problem.question, "\n".join([*lines[:number - 1], line.rpartition(" = ")[0]]), False
-    return problem.question, problem.response, True
+    if kind >= retrieval:
+        return problem.question, problem.response
+    premises = problem.question.split("\n")[:-1]
+    return "\n".join(premises + [REPEAT]), "\n".join(["<think>", *rng.sample(premises, len(premises))])
 
 
 def token_kinds(texts):
@@ -481,13 +484,9 @@ def pretrain(policy, args, ops, max_value):
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     optimizers = [torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
                   torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)]
-    rng, held_out = Random(args.seed), Random(f"held out {args.seed}")
-
-    def draw(source, progress):
-        question, response, whole = pretraining_text(source, max(progress, 0.5 * bool(args.start)), ops, max_value)
-        tokens = sample.encode_response(policy.tokenizer, response)
-        return sample.encode_prompt(policy.tokenizer, question), tokens if whole else tokens[:-1]  # no end token where it is cut
-
+    rng, held_out, encode = Random(args.seed), Random(f"held out {args.seed}"), lambda pair: (
+        sample.encode_prompt(policy.tokenizer, pair[0]), sample.encode_response(policy.tokenizer, pair[1]))
+    draw = lambda source, progress: encode(pretraining_text(source, progress, ops, max_value))
     examples = [draw(held_out, 1.0) for _ in range(128)]
     log = Log(args.out.removesuffix(".pt") + ".csv",
               ["step", "tokens", "loss", "tokens_per_s", "lr", "copied", "named", "premise", "numbers", "value"])
@@ -550,7 +549,6 @@ def main():
     add("--save-every", type=int, default=25, help="steps between saved states")
     add("--export", metavar="FOLDER", help="also write a Hugging Face folder")
     scratch = parser.add_argument_group("pretraining (--model scratch)")
-    scratch.add_argument("--start", metavar="FILE", help="go on from this tiny base, with long texts from the beginning")
     scratch.add_argument("--tokens", type=float, default=24e6)
     scratch.add_argument("--width", type=int, default=128)
     scratch.add_argument("--layers", type=int, default=6)
@@ -580,7 +578,7 @@ def main():
         if args.width % (2 * args.heads):
             raise data.InputError("--width must be divisible by twice --heads")
         args.lr = args.lr or 2e-3
-        policy = sample.load_policy(args.start) if args.start else tiny_policy(args.width, args.layers, args.heads, args.seed)
+        policy = tiny_policy(args.width, args.layers, args.heads, args.seed)
         set_aside(args.out)
         pretrain(policy, args, options["ops"], options["max_value"])
         return
