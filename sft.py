@@ -63,6 +63,12 @@ def response_logprobs(model, inputs, targets, temperature=1.0):
     return sample.token_logprobs(hidden, model.lm_head.weight, targets, temperature=temperature)
 
 
+def sum_of_logprobs(model, inputs, targets):
+    """The sum of response_logprobs, a scalar: what SFT needs, for a product less with the head (sample.sum_logprob)."""
+    hidden = model.model(input_ids=inputs, use_cache=False).last_hidden_state  # (B, T, H)
+    return sample.sum_logprob(hidden, model.lm_head.weight, targets)
+
+
 class Optimizer:
     """AdamW in fp32 for parameters of any dtype, with the paper's settings.
 
@@ -334,9 +340,7 @@ def train(policy, examples, args, run, log):
         loss = 0.0
         for group in micro_batches([len(p) + len(r) for p, r in batch], args.micro_tokens):
             inputs, targets = collate([batch[row] for row in group], policy.device, pad)
-            hidden = model.model(input_ids=inputs, use_cache=False).last_hidden_state  # (B, T, H)
-            total = sample.sum_logprob(hidden, model.lm_head.weight, targets)
-            part = -total / answer_tokens  # the whole batch's denominator: micro-batches add up exactly
+            part = -sum_of_logprobs(model, inputs, targets) / answer_tokens  # the whole batch's denominator: micro-batches add up exactly
             part.backward()
             loss += part.item()
         norm = optimizer.step(clip=1.0)

@@ -28,12 +28,11 @@ def test_targets_are_the_answer_and_one_end(tiny):
         assert inputs[row][kept].tolist() == [prompt[-1], *response[:-1]]
 
 
-def gradients(policy, batch, groups):
+def gradients(policy, batch, groups, total=sft.sum_of_logprobs):
     policy.model.zero_grad()
     tokens = sum(len(response) for _, response in batch)
     for rows in groups:
-        logprob, _ = sft.response_logprobs(policy.model, *sft.collate([batch[r] for r in rows], "cpu", 0))
-        (-logprob.sum() / tokens).backward()
+        (-total(policy.model, *sft.collate([batch[r] for r in rows], "cpu", 0)) / tokens).backward()
     return torch.cat([p.grad.flatten() for p in policy.model.parameters()])
 
 
@@ -52,6 +51,7 @@ def test_gradient_is_that_of_cross_entropy_for_every_micro_batch(tiny):
     for size in (1, 2, 3, 7):
         groups = [list(range(7))[i:i + size] for i in range(0, 7, size)]
         assert relative(gradients(policy, batch, groups), truth) < 2e-6
+        assert relative(gradients(policy, batch, groups, lambda *inputs: sft.response_logprobs(*inputs)[0].sum()), truth) < 2e-6
     policy.model.zero_grad()
     for row in range(7):  # the wrong version: each micro-batch divided by its own tokens
         logprob, _ = sft.response_logprobs(policy.model, *sft.collate([batch[row]], "cpu", 0))
@@ -141,13 +141,12 @@ def test_fine_tuning_learns_and_writes(script, tmp_path, tiny_file, method):
 
 def test_a_stop_for_numbers_leaves_the_last_good_state(script, tmp_path, tiny_file, monkeypatch):
     """Bug: weights of a run that has blown up, saved over those that could have been resumed from."""
-    calls, logprobs = [], sft.response_logprobs
+    calls, total = [], sft.sum_of_logprobs
 
     def broken(*arguments):
         calls.append(1)
-        values, entropy = logprobs(*arguments)
-        return (values * float("nan") if len(calls) == 3 else values), entropy
-    monkeypatch.setattr(sft, "response_logprobs", broken)
+        return total(*arguments) * (float("nan") if len(calls) == 3 else 1)
+    monkeypatch.setattr(sft, "sum_of_logprobs", broken)
     base = ["sft.py", "--model", tiny_file, "--n", 20, "--batch", 4, "--ops", 1, 1, "--save-every", 1]
     result = script(*base)
     assert result.returncode == 2 and "step 3" in result.stderr and "--lr" in result.stderr
