@@ -107,29 +107,25 @@ def clock(function, *args, **kwargs):
 
 def compare(policy, name, prompts, n, lengths, reps, peers):
     """Time ours and the peers in turn -> table rows."""
-    tokens, times, memory = sum(lengths), {}, {}
-    for rep in range(reps + 1):  # the first round warms up
+    tokens, times, memory, limit = sum(lengths), {}, "", None
+    for rep in range(reps + 1):  # the first round warms up; our cache and graphs stay for the next one, as in a run of grpo.py
         for peer, function in {"ours": ours, **peers}.items():
-            if policy.device.type == "cuda":
+            if policy.device.type == "cuda" and peer == "ours":
                 torch.cuda.reset_peak_memory_stats()
             seconds, result = clock(function, policy, prompts, n, lengths)
-            if policy.device.type == "cuda":
-                memory[peer] = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
             if peer == "ours":
-                counts = [len(rollout.tokens) for group in result for rollout in group]
-                assert counts == lengths, "a row did not end at its length"
-            else:
-                sample.release(policy)
+                assert [len(rollout.tokens) for group in result for rollout in group] == lengths, "a row did not end at its length"
+                if policy.device.type == "cuda":
+                    expected = sum(p.nbytes for p in policy.model.parameters()) + policy.engine.kv.nbytes
+                    memory = f", peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB (weights and cache: {expected / 2**30:.1f})"
             if rep:
                 times.setdefault(peer, []).append(seconds)
-    rows = []
-    limit = None
     if policy.device.type == "cuda":
         limit = sample.limit_seconds(policy, [len(p) for p in prompts for _ in range(n)], lengths, *sample.machine_ceilings(policy.device))
+    rows = []
     for peer, seconds in times.items():
-        ratio = statistics.median(b / a for a, b in zip(times["ours"], seconds))
-        middle = statistics.median(seconds)
-        share = f"{limit / middle:.0%} of the limit" + memory[peer] if limit else ""
+        ratio, middle = statistics.median(b / a for a, b in zip(times["ours"], seconds)), statistics.median(seconds)
+        share = f"{limit / middle:.0%} of the limit" + memory * (peer == "ours") if limit else ""
         rows.append(f"| {name}, {peer} | {tokens / middle:,.0f} | {ratio:.2f} x ours' time | {share} |")
     return rows
 
@@ -155,7 +151,6 @@ def main():
              f"Median of {args.reps} rounds after one that warms up; `python tests/bench_sampler.py`.", "",
              "| what | useful tokens/s | time (median ratio) | |", "|---|---|---|---|"]
     policy, rng = sample.load_policy(sample.TINY_BASE), Random(0)
-    policy.info = None
     prompts = [[rng.randrange(4, 1000) for _ in range(rng.randint(64, 200))] for _ in range(8)]
     if device.type == "cpu":
         check(policy, prompts, 64)
