@@ -246,10 +246,11 @@ def report(path):
             paired = sorted(plain.keys() & bridge.keys())
             if not paired:
                 continue
-            ratio = statistics.mean(accuracy[split, "bridge", "rl"][s] for s in paired) / statistics.mean(
-                accuracy[split, "vanilla", "rl"][s] for s in paired)
-            lines += ["", f"{split}: gain of bridge - gain of vanilla, paired over {len(paired)} seeds: "
-                          f"{show((bridge[s] - plain[s] for s in paired), '+')}; accuracy after RL, bridge / vanilla: {ratio:.2f}"]
+            after = {method: [accuracy[split, method, "rl"][s] for s in paired] for method in ("vanilla", "bridge")}
+            lines += ["", f"{split}, paired over {len(paired)} seeds: gain of bridge - gain of vanilla "
+                          f"{show((bridge[s] - plain[s] for s in paired), '+')}; accuracy after RL, bridge - vanilla "
+                          f"{show((b - a for a, b in zip(*after.values())), '+')}, bridge / vanilla "
+                          f"{statistics.mean(after['bridge']) / statistics.mean(after['vanilla']):.2f}"]
     return "\n".join(lines)
 
 

@@ -58,7 +58,8 @@ def test_report_pairs_seeds(tmp_path, script):
         assert len(list(csv.DictReader(file))) == len(rows) + 1
     printed = script("eval.py", "--report", path).stdout
     _, low, high = evaluation.t_interval([0.30, 0.30])  # (40 - 10, 45 - 15) points
-    assert f"paired over 2 seeds: +30.0% [{low:+.1%}, {high:+.1%}]; accuracy after RL, bridge / vanilla: 1.79" in printed
+    assert f"paired over 2 seeds: gain of bridge - gain of vanilla +30.0% [{low:+.1%}, {high:+.1%}]" in printed
+    assert "bridge - vanilla +37.5%" in printed and "bridge / vanilla 1.79" in printed  # (80 - 50 + 90 - 45) / 2, 85 / 47.5
     assert "| id | vanilla | 2 | 35.0%" in printed and "| 11.0% |" in printed and "| ood |" not in printed
 
 
