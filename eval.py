@@ -17,7 +17,7 @@ Two kinds of chance are kept apart. Between two checkpoints on the same problems
 *problems* could explain the difference. Between two methods only fresh *seeds* count: every seed trains both, and the
 report gives the mean of the paired differences with its t-interval.
 """
-import argparse, csv, itertools, json, math, os, re, statistics
+import argparse, csv, importlib.util, itertools, json, math, os, re, statistics
 from collections import Counter
 
 import data, sample
@@ -122,6 +122,7 @@ def by_run(pairs):
 
 
 def new_figure(width, height, panels=1):
+    """Subplots (1, panels) side by side."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -287,6 +288,8 @@ def main():
         raise data.InputError("--n and --max-new-tokens must be at least 1, --samples at least 0")
     if args.plot and not args.samples and not args.curves:
         raise data.InputError("--plot draws rollouts: give --samples 8 as well")
+    if args.plot and importlib.util.find_spec("matplotlib") is None:  # said before hours of measuring, not after
+        raise data.InputError("--plot: drawing needs matplotlib; pip install matplotlib")
     if args.curves and not args.plot:
         raise data.InputError("--curves needs --plot FILE.png to draw into")
     for path in filter(None, (args.json, args.plot, args.results)):

@@ -3,6 +3,7 @@ import csv
 import itertools
 import json
 import math
+import sys
 
 import pytest
 
@@ -65,12 +66,21 @@ def test_report_pairs_seeds(tmp_path, script):
 
 def test_curves_of_seeds_share_a_band(tmp_path, script):
     """Bug: every file a run of its own, or the seeds' number left in the name; the figure is drawn from logs of unequal length."""
+    pytest.importorskip("matplotlib")
     assert [evaluation.run_of(n) for n in ("a/bridge-rl-3.csv", "grpo.csv", "x-10.pt")] == ["bridge-rl", "grpo", "x"]
     for name, steps in (("vanilla-1", 5), ("vanilla-2", 3), ("bridge-1", 5)):
         (tmp_path / f"{name}.csv").write_text("step,reward,val_accuracy\n" + "".join(f"{i},0.{i},{0.5 if i == 1 else ''}\n" for i in range(1, steps + 1)))
     result = script("eval.py", "--curves", "vanilla-1.csv", "vanilla-2.csv", "bridge-1.csv", "--plot", "x.png")
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "x.png").stat().st_size > 5000
+
+
+def test_without_matplotlib(tmp_path, script, monkeypatch):
+    """Bug: a traceback where the optional package is missing."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    (tmp_path / "x.csv").write_text("step,reward,val_accuracy\n1,0.5,\n")
+    result = script("eval.py", "--curves", "x.csv", "--plot", "x.png")
+    assert result.returncode == 2 and "pip install matplotlib" in result.stderr
 
 
 def test_majority_answer():
