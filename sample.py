@@ -9,7 +9,7 @@ can never be stale. The sections, in reading order: 1 policy and checkpoint, 2 p
 
 Simplifications, against what an inference server does:
 1. One GPU, one process. The KV cache is one rectangle per row (no pages): memory is reserved for the longest row.
-2. No shared prefix in the cache: a prompt's keys and values are computed once for its n rows, then copied to each.
+2. The rows of one group share their prompt's keys and values; prompts that begin alike do not share their beginning.
 3. No top-p, top-k or penalties: they would make the sampled distribution differ from the one that is trained.
 4. Our decode step knows Qwen2/2.5, Qwen3 and Llama 3; every other model runs through its own slow forward (a line says so).
 """
@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -493,9 +493,10 @@ def sum_logprob(hidden, weight, targets, *, temperature=1.0, backend="auto", chu
 # ---------------------------------------------------------------------------------------------------------------------------
 # 4. The sampler
 #
-# A *row* is one rollout on its way. Rows live in the slots of a static KV cache; one step feeds every live row its last token
-# and draws the next one. The host looks at the drawn tokens after each step (CUDA: every 16): finished rows leave, waiting
-# prompts take their slots, and when none wait, the last rows move into the holes so that the batch shrinks (compaction).
+# A *row* is one rollout on its way, a *group* the n rows of one prompt. The prompt's keys and values are computed once and read
+# by the whole group together; each row has a slot of its own for what it adds. One step feeds every live row its last token and
+# draws the next one. The host looks at the drawn tokens after each step (CUDA: every 16): finished rows leave, rows of waiting
+# prompts take their slots (refill), and when none wait, the last rows move into the holes and the batch shrinks (compaction).
 # ---------------------------------------------------------------------------------------------------------------------------
 @dataclass(slots=True)
 class Rollout:
@@ -525,6 +526,11 @@ def row_keys(seed, prompts, n):
     return mix(key[:, None] + torch.arange(n, dtype=torch.int32))
 
 
+@functools.lru_cache(maxsize=8)
+def _vocabulary(size, device):
+    return mix(torch.arange(size, device=device, dtype=torch.int32))
+
+
 def draw(logits, key, position, temperature):
     """One token a row. logits (B, V), key (B,) int32, position (B,) int64 -> token (B,) int64, logprob (B,) fp32.
 
@@ -536,10 +542,9 @@ def draw(logits, key, position, temperature):
     if temperature == 0:
         token = logp.argmax(-1)
     else:
-        vocabulary = mix(torch.arange(logits.shape[-1], device=logits.device, dtype=torch.int32))
-        bits = mix(mix(key + mix(position.to(torch.int32)))[:, None] ^ vocabulary) & 0x7FFFFFFF
-        u = ((bits.float() + 0.5) * 2.0 ** -31).clamp_(max=1 - 2.0 ** -24)     # fine near 0, where winners come from; never 1
-        token = (logp - (-torch.log1p(-u)).log()).argmax(-1)
+        bits = mix(mix(key + mix(position.to(torch.int32)))[:, None] ^ _vocabulary(logits.shape[-1], logits.device)) & 0x7FFFFFFF
+        minus_u = bits.add(0.5).mul_(-2.0 ** -31)            # u is fine near 0, where winners come from; u = 1 loses
+        token = (logp - minus_u.log1p_().neg_().log_()).argmax(-1)
     return token, logp.gather(-1, token[:, None]).squeeze(-1)
 
 
@@ -603,27 +608,29 @@ def why_not_ours(model):
 class Decoder:
     """Prefill and decode step of a Llama-shaped model over the Hugging Face model's own parameter tensors.
 
-    The KV cache has `rows` slots of `length` positions; position t of a row sits at column t, whatever the other rows do.
+    Two caches of keys and values, both in slots: `prompt_kv` has one for each prompt, `kv` one for each row, in which the
+    prompt's last token sits in column 0 and the t-th new token in column t.
     """
-    def __init__(self, model, rows, length):
-        config, body = model.config, model.model
-        weight = model.lm_head.weight
-        self.rows, self.length, self.device = rows, length, weight.device
+    def __init__(self, model, rows, length, prompt_length):
+        config, body, weight = model.config, model.model, model.lm_head.weight
+        self.capacity, self.length, self.device = (rows, length, prompt_length), length, weight.device
+        self.prompts = rows + PREFILL_ROWS - 1               # every row may be the last of its group, and some are prefilled ahead
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.dim = getattr(config, "head_dim", None) or config.hidden_size // self.heads
         # Zeros, not empty: a masked column is multiplied by 0, and 0 * NaN is NaN.
-        self.kv = torch.zeros(config.num_hidden_layers, 2, rows, self.kv_heads, length, self.dim, dtype=weight.dtype, device=self.device)
+        shape, options = (config.num_hidden_layers, 2), dict(dtype=weight.dtype, device=self.device)
+        self.prompt_kv = torch.zeros(*shape, self.prompts, self.kv_heads, prompt_length, self.dim, **options)
+        self.kv = torch.zeros(*shape, rows, self.kv_heads, length, self.dim, **options)
+        self.prompt_length = torch.zeros(self.prompts, dtype=torch.int64, device=self.device)                # cached tokens of each
+        self.range = torch.arange(max(rows * self.kv_heads, prompt_length + length), device=self.device)
         rotary = body.rotary_emb                             # inv_freq carries Llama 3's scaling
-        angle = torch.arange(length, device=self.device)[:, None] * rotary.inv_freq.float()
+        angle = self.range[:prompt_length + length, None] * rotary.inv_freq.float()
         cos, sin = angle.cos() * rotary.attention_scaling, angle.sin() * rotary.attention_scaling
-        self.cos = torch.cat((cos, cos), -1).to(weight.dtype)                                          # (length, D)
+        self.cos = torch.cat((cos, cos), -1).to(weight.dtype)                                          # (positions, D)
         self.sin = torch.cat((-sin, sin), -1).to(weight.dtype)               # the sign of rotate-half, put into the table
-        self.column = torch.arange(length, device=self.device)
-        self.slot = torch.arange(rows, device=self.device)
-        cuda = self.device.type == "cuda"
-        self.sync, self.fused = 16 if cuda else 1, cuda      # steps between two looks of the host; which attention (see step)
-        # What a step reads and writes besides the cache. The host rewrites `state` before every run of steps.
-        self.state = torch.zeros(3, rows, dtype=torch.int64, device=self.device)                       # token, position, key
+        self.sync = 16 if self.device.type == "cuda" else 1  # steps between two looks of the host
+        # What a step reads and writes besides the caches. The host rewrites `state` before every run of steps.
+        self.state = torch.zeros(6, rows, dtype=torch.int64, device=self.device)     # token, column, key, prompt, seat, live
         self.out_token = torch.zeros(self.sync, rows, dtype=torch.int64, device=self.device)
         self.out_logprob = torch.zeros(self.sync, rows, device=self.device)
         self.count = torch.zeros(1, dtype=torch.int64, device=self.device)
@@ -649,64 +656,85 @@ class Decoder:
         """x (..., hidden) -> (..., hidden) before the last norm. cos, sin (..., 1, D); attend(i, q, k, v) mixes positions."""
         for i, w in enumerate(self.layers):
             h = rms_norm(x, w.norm1)
-            q = F.linear(h, *w.q).unflatten(-1, (self.heads, self.dim))                                # (..., heads, D)
-            k = F.linear(h, *w.k).unflatten(-1, (self.kv_heads, self.dim))
-            v = F.linear(h, *w.v).unflatten(-1, (self.kv_heads, self.dim))
+            q, k, v = (F.linear(h, *p).view(*h.shape[:-1], -1, self.dim) for p in (w.q, w.k, w.v))     # (..., heads, D)
             if w.q_norm:
                 q, k = rms_norm(q, w.q_norm), rms_norm(k, w.k_norm)
-            q = torch.addcmul(q * cos, q.roll(self.dim // 2, -1), sin)
-            k = torch.addcmul(k * cos, k.roll(self.dim // 2, -1), sin)
-            x = x + F.linear(attend(i, q, k, v).flatten(-2), *w.o)
+            qk = torch.cat((q, k), -2)
+            qk = torch.addcmul(qk * cos, qk.roll(self.dim // 2, -1), sin)
+            x = x + F.linear(attend(i, qk[..., :self.heads, :], qk[..., self.heads:, :], v).flatten(-2), *w.o)
             h = rms_norm(x, w.norm2)
             x = x + F.linear(F.silu(F.linear(h, *w.gate)) * F.linear(h, *w.up), *w.down)
         return x
 
-    def prefill(self, prompts):
-        """Keys and values of every prompt but its last token, which the first step feeds. One (layers, 2, T, kv_heads, D) each.
+    def prefill(self, prompts, slots):
+        """Write the keys and values of every prompt but its last token, which the first step feeds, into the prompts' slots.
 
-        Shorter prompts are padded on the right, where causal attention never looks.
+        The prompts are laid end to end, so that no product works on padding; attention sees them one by one.
         """
-        T = max(1, max(map(len, prompts)) - 1)
-        ids = torch.zeros(len(prompts), T, dtype=torch.int64)
-        for i, prompt in enumerate(prompts):
-            ids[i, :len(prompt) - 1] = torch.tensor(prompt[:-1])
-        cache = []
+        lengths = [len(prompt) - 1 for prompt in prompts]
+        ids = torch.tensor([token for prompt in prompts for token in prompt[:-1]], dtype=torch.int64, device=self.device)
+        position = torch.cat([self.range[:length] for length in lengths])
+        self.prompt_length[slots] = torch.tensor(lengths, device=self.device)
+        if not len(ids):                                     # prompts of one token leave nothing to prefill
+            return
 
-        def attend(i, q, k, v):                              # (P, T, heads, D)
-            q, k, v = (t.transpose(1, 2) for t in (q, k, v))                                           # (P, heads, T, D)
-            cache.append(torch.stack((k, v)))
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+        def attend(i, q, k, v):                              # (tokens of all prompts, heads, D)
+            mixed = []
+            for slot, q, k, v in zip(slots, *(t.transpose(0, 1).split(lengths, 1) for t in (q, k, v))):          # (heads, T, D)
+                self.prompt_kv[i, :, slot, :, :k.shape[1]] = torch.stack((k, v))
+                mixed.append(F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, enable_gqa=True)[0])
+            return torch.cat(mixed, 1).transpose(0, 1)
 
-        self.transformer(F.embedding(ids.to(self.device), self.embedding), self.cos[:T, None], self.sin[:T, None], attend)
-        cache = torch.stack(cache)                           # (layers, 2, P, kv_heads, T, D)
-        return [cache[:, :, i, :, :len(prompt) - 1] for i, prompt in enumerate(prompts)]
+        self.transformer(F.embedding(ids, self.embedding), self.cos[position][:, None], self.sin[position][:, None], attend)
 
-    def place(self, slot, kv):
-        """Copy a prompt's keys and values into the slot of one of its rows."""
-        self.kv[:, :, slot, :, :kv.shape[3]] = kv
+    def move_prompt(self, source, target):
+        self.prompt_kv[:, :, target] = self.prompt_kv[:, :, source]
+        self.prompt_length[target] = self.prompt_length[source]
 
-    def move(self, source, target, length):
-        self.kv[:, :, target, :, :length] = self.kv[:, :, source, :, :length]
+    def move_row(self, source, target):
+        self.kv[:, :, target] = self.kv[:, :, source]
 
-    def step(self, B, T, temperature):
-        """Feed each of the first B rows its token, draw the next; only the first T columns of the cache are read.
+    def step(self, B, T, P, T_prompt, seats, temperature):
+        """Feed each of the first B rows its token and draw the next. Of the caches only T columns of these rows and T_prompt
+        columns of the first P prompts are read. Rows of one prompt have different seats, 0 ... seats - 1.
 
         No host sync inside, so that CUDA can capture it."""
-        token, position, key = self.state[:, :B]
-        bias = torch.zeros(B, 1, 1, T, dtype=self.kv.dtype, device=self.device)
-        bias.masked_fill_((self.column[:T] > position[:, None])[:, None, None], -math.inf)
-        heads, cells = self.kv_heads, self.kv.flatten(2, 4)  # a layer's keys as rows of D numbers, and where the new ones go:
-        cell = ((self.slot[:B, None] * heads + self.column[:heads]) * self.length + position[:, None]).flatten()      # (B kv_heads)
+        token, column, key, prompt, seat, live = self.state[:, :B]
+        heads, position = self.kv_heads, self.prompt_length[prompt] + column
+        head, line = self.range[:heads], self.range[:B * heads].view(B, heads)       # a line of the cache is a pair (row, kv head)
+
+        def mask(hidden):                                    # (rows, T) bool -> (lines, 1, T), -inf where hidden
+            bias = torch.zeros(hidden.shape, dtype=self.kv.dtype, device=self.device).masked_fill_(hidden, -math.inf)
+            return bias.repeat_interleave(heads, 0)[:, None]
+
+        bias, prompt_bias = mask(self.range[:T] > column[:, None]), mask(self.range[:T_prompt] >= self.prompt_length[:P, None])
+        cache = self.kv[:, :, :B, :, :T].flatten(2, 3)                                                 # (layers, 2, B kv_heads, T, D)
+        prompt_cache = self.prompt_kv[:, :, :P, :, :T_prompt].flatten(2, 3)                            # (layers, 2, P kv_heads, T_prompt, D)
+        cells, write = self.kv.flatten(2, 4), (line * self.length + column[:, None]).flatten()         # where new keys and values go
+        layers = list(zip(*(part.unbind() for tensor in (cells, cache, prompt_cache) for part in tensor.unbind(1))))
+
+        # A prompt's keys meet the queries of all its rows in one product. That needs the lines in the order (prompt, head, seat):
+        to_row = ((prompt[:, None] * heads + head) * seats + seat[:, None]).flatten()
+        to_prompt = torch.zeros(P * heads * seats, dtype=torch.int64, device=self.device)
+        to_prompt.index_add_(0, to_row, (line * live[:, None]).flatten())            # the inverse; empty slots add 0
+
+        def by_prompt(x):                                    # (B kv_heads, g, ...) -> (P kv_heads, seats g, ...)
+            return x.index_select(0, to_prompt).view(P * heads, -1, x.shape[2])
+
+        def by_row(x):                                       # and back
+            return x.view(P * heads * seats, -1, x.shape[2]).index_select(0, to_row)
 
         def attend(i, q, k, v):
-            cells[i, 0].index_copy_(0, cell, k.flatten(0, 1))
-            cells[i, 1].index_copy_(0, cell, v.flatten(0, 1))
-            keys, values = self.kv[i, :, :B, :, :T]                                                    # (B, kv_heads, T, D)
-            q = q.view(B, heads, -1, self.dim)               # the query heads of one kv head as its queries: nothing is repeated
-            if self.fused:
-                return F.scaled_dot_product_attention(q, keys, values, attn_mask=bias.expand(-1, -1, q.shape[2], -1)).flatten(1, 2)
-            scores = (keys @ q.mT).mT                        # on a CPU plain products read the cache faster than fused attention
-            return (torch.add(bias, scores, alpha=self.dim ** -0.5).softmax(-1) @ values).flatten(1, 2)
+            key_cells, value_cells, keys, values, prompt_keys, prompt_values = layers[i]
+            key_cells.index_copy_(0, write, k.flatten(0, 1))
+            value_cells.index_copy_(0, write, v.flatten(0, 1))
+            q = q.reshape(B * heads, -1, self.dim)           # the g query heads of a kv head as g queries: nothing is repeated
+            scale = self.dim ** -0.5
+            scores = torch.cat((by_row(torch.baddbmm(prompt_bias, by_prompt(q), prompt_keys.mT, alpha=scale)),
+                                torch.baddbmm(bias, q, keys.mT, alpha=scale)), -1)                     # (B kv_heads, g, T_prompt + T)
+            weights = scores.softmax(-1)
+            prompt_part = by_row(torch.bmm(by_prompt(weights[..., :T_prompt]), prompt_values))
+            return torch.baddbmm(prompt_part, weights[..., T_prompt:], values).view(B, -1, self.dim)
 
         x = self.transformer(F.embedding(token, self.embedding), self.cos[position][:, None], self.sin[position][:, None], attend)
         logits = F.linear(rms_norm(x, self.norm), self.head)                                           # (B, V)
@@ -715,37 +743,48 @@ class Decoder:
         self.out_logprob[:, :B].index_copy_(0, self.count, logprob[None])
         self.count.add_(1)
         token.copy_(new)
-        position.add_(1).clamp_(max=T - 1)                   # a row that ends between two syncs runs on, but never out of the cache
+        column.add_(1)
 
     def run(self, rows, temperature):
         """`sync` steps for the rows (None = an empty slot). Returns tokens and logprobs, lists (sync, rows)."""
-        cuda = self.device.type == "cuda"                    # a graph is captured for each shape: coarser sizes, fewer graphs
-        longest = max(row.length for row in rows if row) + self.sync
-        B, T = len(rows), min(self.length, round_up(longest, 128 if cuda else 32))
-        state = torch.tensor([(row.last, row.length - 1, row.key) if row else (0, 0, 0) for row in rows]).T.to(self.device)
-        self.state[:, :B] = state
-        self.count.zero_()
-        if cuda and (B, T, temperature) not in self.graphs:
-            self.capture(B, T, temperature)
-            self.state[:, :B] = state                        # the warm-up moved the rows on
+        B, seats, state = len(rows), Counter(), []
+        for row in rows:
+            slot = row and row.group.slot
+            state.append((row.last, len(row.rollout.tokens), row.key, slot, seats[slot], 1) if row else (0,) * 6)
+            seats.update([slot] if row else [])
+        state = torch.tensor(state).T.to(self.device)
+
+        def begin():
+            self.state[:, :B] = state
             self.count.zero_()
+
+        cuda = self.device.type == "cuda"                    # a graph is captured for each shape: coarser sizes, fewer graphs
+        def coarse(x): return 2 ** (x - 1).bit_length() if cuda else x
+        def columns(x, most): return min(most, round_up(x, 128 if cuda else 8))
+        T = columns(max(len(row.rollout.tokens) for row in rows if row) + self.sync, self.length)
+        T_prompt = columns(max(len(row.group.prompt) for row in rows if row), self.prompt_kv.shape[4])
+        shape = B, T, min(self.prompts, coarse(max(seats) + 1)), T_prompt, coarse(max(seats.values())), temperature
+        begin()
+        if cuda and shape not in self.graphs:
+            self.capture(shape)
+            begin()                                          # the warm-up moved the rows on
         for _ in range(self.sync):
-            self.graphs[B, T, temperature].replay() if cuda else self.step(B, T, temperature)
+            self.graphs[shape].replay() if cuda else self.step(*shape)
         return self.out_token[:, :B].tolist(), self.out_logprob[:, :B].tolist()
 
-    def capture(self, B, T, temperature):
-        """Record step(B, T, temperature) as one CUDA graph: hundreds of kernel launches become one."""
+    def capture(self, shape):
+        """Record step(*shape) as one CUDA graph: hundreds of kernel launches become one."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(2):                               # warm-up: libraries allocate, Triton compiles
-                self.step(B, T, temperature)
+                self.step(*shape)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
-            self.step(B, T, temperature)
+            self.step(*shape)
         self.pool = self.pool or graph.pool()
-        self.graphs[B, T, temperature] = graph
+        self.graphs[shape] = graph
 
 
 def rms_norm(x, norm):
@@ -755,24 +794,19 @@ def rms_norm(x, norm):
 
 class SlowDecoder:
     """The same interface for any other architecture: every step runs the model's own forward over the whole sequences."""
-    def __init__(self, model, rows, length):
-        self.rows, self.length, self.sync = rows, length, 1
+    def __init__(self, model, rows, length, prompt_length):
+        self.capacity, self.prompts = (rows, length, prompt_length), rows + PREFILL_ROWS - 1
 
     def bind(self, model):
         self.model = model
 
-    def prefill(self, prompts):
-        return [None] * len(prompts)
-
-    def place(self, slot, kv):
-        pass
-
-    def move(self, source, target, length):
-        pass
+    def prefill(self, prompts, slots): pass
+    def move_prompt(self, source, target): pass
+    def move_row(self, source, target): pass
 
     def run(self, rows, temperature):
         device = self.model.device
-        sequences = [row.prompt + row.rollout.tokens if row else [0] for row in rows]
+        sequences = [row.group.prompt + row.rollout.tokens if row else [0] for row in rows]
         ids = torch.zeros(len(rows), max(map(len, sequences)), dtype=torch.int64)
         mask = torch.zeros_like(ids)
         for i, sequence in enumerate(sequences):             # padded on the right
@@ -785,20 +819,26 @@ class SlowDecoder:
 
 
 # --- the schedule ----------------------------------------------------------------------------------------------------------
+PREFILL_TOKENS, PREFILL_ROWS = 8192, 16    # at most so many tokens at once, and, if so many wait, at least for so many rows
+
+
+@dataclass(slots=True)
+class _Group:
+    prompt: list
+    slot: int
+    rows: int                                                # how many have not ended
+
+
 @dataclass(slots=True)
 class _Row:
-    prompt: list
+    group: _Group
     key: int
     rollout: Rollout
     closed: bool = False
 
     @property
-    def length(self):
-        return len(self.prompt) + len(self.rollout.tokens)
-
-    @property
     def last(self):
-        return self.rollout.tokens[-1] if self.rollout.tokens else self.prompt[-1]
+        return self.rollout.tokens[-1] if self.rollout.tokens else self.group.prompt[-1]
 
 
 def round_up(x, step):
@@ -819,15 +859,16 @@ def cache_bytes(model):
 
 
 def batch_limit(policy, prompt_length, max_new_tokens):
-    """How many rows fit into the free memory. Ask once, at the start of a run, and keep it: the batch shape changes rounding."""
-    model, length = policy.model, round_up(prompt_length + max_new_tokens + 16, 128)
+    """How many rows fit into the free memory, each with a prompt of its own. Ask once, at the start of a run, and keep it: the
+    batch shape changes rounding."""
+    model, length = policy.model, round_up(prompt_length, 128) + round_up(max_new_tokens, 32)
     logits = 8 * model.config.get_text_config().vocab_size * next(model.parameters()).element_size()
     row = cache_bytes(model) * length + logits
     if policy.device.type == "cuda":
         free = torch.cuda.mem_get_info(policy.device)[0]
         free += torch.cuda.memory_reserved(policy.device) - torch.cuda.memory_allocated(policy.device)
         if isinstance(policy.engine, Decoder):               # the kept cache will be used again, or freed for a larger one
-            free += policy.engine.kv.nbytes
+            free += policy.engine.kv.nbytes + policy.engine.prompt_kv.nbytes
         limit = min(2048, int(0.8 * free / row))
     else:
         limit = min(128, int(4e9 / row))                      # a fixed budget: the same run everywhere gets the same batches
@@ -836,44 +877,13 @@ def batch_limit(policy, prompt_length, max_new_tokens):
     return limit
 
 
-def machine_ceilings(device):
-    """(bytes/s of a large copy, FLOP/s of a large bf16 product) of this GPU, measured now: the best of 10."""
-    def best(work, function):
-        seconds = []
-        for _ in range(10):
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            function()
-            end.record()
-            end.synchronize()
-            seconds.append(start.elapsed_time(end) / 1000)
-        return work / min(seconds)
-    source = torch.zeros(1 << 30, dtype=torch.uint8, device=device)
-    target, square = torch.empty_like(source), torch.randn(8192, 8192, dtype=torch.bfloat16, device=device)
-    return best(2 * source.nbytes, lambda: target.copy_(source)), best(2 * 8192 ** 3, lambda: square @ square)
-
-
-def limit_seconds(policy, prompt_lengths, lengths, bandwidth, flops):
-    """The least time in which this machine can decode rollouts of `lengths` tokens, one prompt length for each, all at once.
-
-    Every step reads each live row's keys and values, and the weights once; or, with many rows, it is held up by the
-    weights' 2 FLOP a row:  sum over steps of  KV bytes / bandwidth + max(weight bytes / bandwidth, 2 P rows / flops).
-    """
-    embedding, head = policy.model.get_input_embeddings().weight, policy.model.get_output_embeddings().weight
-    parameters = sum(p.numel() for p in policy.model.parameters()) - (0 if embedding is head else embedding.numel())
-    read = parameters * head.element_size() / bandwidth
-    rows = torch.tensor(lengths)[:, None].gt(torch.arange(max(lengths))).sum(0)                        # live rows at each step
-    cached = sum(n * prompt + n * (n + 1) / 2 for prompt, n in zip(prompt_lengths, lengths))           # tokens read, all steps
-    return cached * cache_bytes(policy.model) / bandwidth + (2 * parameters * rows / flops).clamp(min=read).sum().item()
-
-
-def _engine(policy, rows, length):
-    """The policy's decoder, made anew only if the kept one is too small."""
+def _engine(policy, *capacity):
+    """The policy's decoder, made anew only if the kept one is too small. capacity: rows, new tokens, prompt tokens."""
     engine = policy.engine
-    if engine is None or engine.rows < rows or engine.length < length:
+    if engine is None or any(has < needed for has, needed in zip(engine.capacity, capacity)):
         policy.engine = None                                 # free the old cache before the new one is allocated
         kind = SlowDecoder if why_not_ours(policy.model) else Decoder
-        policy.engine = engine = kind(policy.model, rows, length)
+        policy.engine = engine = kind(policy.model, *capacity)
     engine.bind(policy.model)
     return engine
 
@@ -907,6 +917,15 @@ def check_request(policy, prompts, n, max_new_tokens):
                          f"lower --max-new-tokens to {context - longest}")
 
 
+def compact(slots, size, move):
+    holes = (i for i in range(size) if slots[i] is None)
+    for source in range(size, len(slots)):
+        if slots[source]:
+            target = next(holes)
+            move(source, target)
+            slots[target], slots[source] = slots[source], None
+
+
 @torch.no_grad()
 def generate(policy, prompts, n=1, max_new_tokens=512, temperature=1.0, seed=0, max_batch=None):
     """Sample n responses to each prompt (a list of token ids). Returns, in the order of the prompts, lists of n Rollouts.
@@ -920,45 +939,45 @@ def generate(policy, prompts, n=1, max_new_tokens=512, temperature=1.0, seed=0, 
     check_request(policy, prompts, n, max_new_tokens)
     longest = max(map(len, prompts))
     limit = min(max_batch or batch_limit(policy, longest, max_new_tokens), n * len(prompts))
-    engine = _engine(policy, limit, round_up(longest + max_new_tokens + 16, 128))
+    # A row that ends between two looks of the host runs on to the next one, inside its slot: 32 is a multiple of every sync.
+    engine = _engine(policy, limit, round_up(max_new_tokens, 32), round_up(longest, 128))
+    rows, groups = [None] * limit, [None] * engine.prompts   # what the slots hold
     tokenizer, eos = policy.tokenizer, policy.eos_ids
     keys = row_keys(seed, len(prompts), n).tolist()
-    results = [[None] * n for _ in prompts]
+    results = [[Rollout([], []) for _ in range(n)] for _ in prompts]
     waiting = deque(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])))     # long ones first: alike in length, short tail
-    ready = deque()                                                                  # prefilled prompts: (index, kv)
-    slots, samples = [None] * limit, deque()                                         # samples of prompt i that wait for a slot
+    ready = deque()                                          # rows whose prompt is in the cache and that wait for a slot
 
-    while waiting or ready or samples or any(slots):
-        # Refill: free slots take the next samples of the current prompt, then of the next one; prefill a few when none is ready.
-        for slot in [i for i, row in enumerate(slots) if row is None]:
-            if not samples and not ready and waiting:
-                batch = [waiting.popleft()]
-                while waiting and len(batch) * n < max(16, slots.count(None)) and (len(batch) + 1) * len(prompts[batch[0]]) <= 8192:
-                    batch.append(waiting.popleft())
-                ready.extend(zip(batch, engine.prefill([prompts[i] for i in batch])))
-            if not samples and ready:
-                i, kv = ready.popleft()
-                samples.extend(range(n))
-            if samples:
-                j = samples.popleft()
-                engine.place(slot, kv)
-                results[i][j] = Rollout([], [])
-                slots[slot] = _Row(prompts[i], keys[i][j], results[i][j])
+    while waiting or ready or any(rows):
+        # Refill: rows that are ready take the free slots; when these are too few, waiting prompts are prefilled, several at once.
+        free = [slot for slot, row in enumerate(rows) if row is None]
+        if len(ready) < len(free):
+            batch = []
+            while waiting and None in groups and len(ready) < max(PREFILL_ROWS, len(free)):
+                i, slot = waiting[0], groups.index(None)
+                if batch and len(prompts[i]) + sum(len(group.prompt) for group in batch) > PREFILL_TOKENS:
+                    break
+                groups[slot] = _Group(prompts[i], slot, n)
+                batch.append(groups[slot])
+                ready.extend(_Row(groups[slot], keys[i][j], results[i][j]) for j in range(n))
+                waiting.popleft()
+            if batch:
+                engine.prefill([group.prompt for group in batch], [group.slot for group in batch])
+        for slot in free[:len(ready)]:
+            rows[slot] = ready.popleft()
 
-        # Compaction: rows beyond the batch that the live ones need move into the holes below it.
-        live = [i for i, row in enumerate(slots) if row]
-        size = min(limit, batch_size(len(live)))
-        if live[-1] >= size:
-            holes = (i for i in range(size) if slots[i] is None)
-            for source in (i for i in live if i >= size):
-                target = next(holes)
-                engine.move(source, target, slots[source].length)
-                slots[target], slots[source] = slots[source], None
+        # Compaction: what sits beyond the slots that are needed moves into the holes below.
+        size = min(limit, batch_size(limit - rows.count(None)))
+        compact(rows, size, engine.move_row)
+        compact(groups, len(groups) - groups.count(None), engine.move_prompt)
+        for slot, group in enumerate(groups):
+            if group:
+                group.slot = slot
 
-        tokens, logprobs = engine.run(slots[:size], temperature)
+        tokens, logprobs = engine.run(rows[:size], temperature)
         for new, values in zip(tokens, logprobs):
             for slot, (token, logprob) in enumerate(zip(new, values)):
-                row = slots[slot]
+                row = rows[slot]
                 if row is None:
                     continue
                 out = row.rollout
@@ -973,7 +992,10 @@ def generate(policy, prompts, n=1, max_new_tokens=512, temperature=1.0, seed=0, 
                     elif len(out.tokens) == max_new_tokens:
                         out.stop = "closed" if row.closed else "length"
                 if out.stop:
-                    slots[slot] = None
+                    rows[slot] = None
+                    row.group.rows -= 1
+                    if not row.group.rows:
+                        groups[row.group.slot] = None
     return results
 
 
@@ -1004,6 +1026,40 @@ def greedy_accuracy(policy, problems, max_new_tokens=512, max_batch=None):
 # ---------------------------------------------------------------------------------------------------------------------------
 # 6. Command
 # ---------------------------------------------------------------------------------------------------------------------------
+def machine_ceilings(device):
+    """(bytes/s of a large copy, FLOP/s of a large bf16 product) of this GPU, measured now: the best of 10."""
+    def best(work, function):
+        seconds = []
+        for _ in range(10):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            function()
+            end.record()
+            end.synchronize()
+            seconds.append(start.elapsed_time(end) / 1000)
+        return work / min(seconds)
+    source = torch.zeros(1 << 30, dtype=torch.uint8, device=device)
+    target, square = torch.empty_like(source), torch.randn(8192, 8192, dtype=torch.bfloat16, device=device)
+    return best(2 * source.nbytes, lambda: target.copy_(source)), best(2 * 8192 ** 3, lambda: square @ square)
+
+
+def limit_seconds(policy, prompt_lengths, lengths, bandwidth, flops):
+    """The least time in which this machine can decode groups of rollouts, all at once: one prompt length and one list of
+    rollout lengths for each.
+
+    Every step reads each live row's own keys and values, those of each live group's prompt, and the weights once; or, with
+    many rows, it is held up by the weights' 2 FLOP a row:
+        sum over steps of  KV bytes / bandwidth + max(weight bytes / bandwidth, 2 P rows / flops)
+    """
+    embedding, head = policy.model.get_input_embeddings().weight, policy.model.get_output_embeddings().weight
+    parameters = sum(p.numel() for p in policy.model.parameters()) - (0 if embedding is head else embedding.numel())
+    read = parameters * head.element_size() / bandwidth
+    steps = torch.tensor([length for group in lengths for length in group])
+    rows = steps[:, None].gt(torch.arange(steps.max())).sum(0)                                         # live rows at each step
+    cached = (steps * (steps + 1) / 2).sum().item() + sum(prompt * max(group) for prompt, group in zip(prompt_lengths, lengths))
+    return cached * cache_bytes(policy.model) / bandwidth + (2 * parameters * rows / flops).clamp(min=read).sum().item()
+
+
 def colour(text):
     """Mark the injected behaviors for a terminal: reflections yellow, analyses cyan, one operation per "=" green."""
     waits, equals = data.REFLECTION.rpartition("}")[2], data.ANALYSIS.partition("{")[0]
@@ -1042,12 +1098,13 @@ def main():
             text = decode(policy.tokenizer, rollout.tokens)
             print(f"--- reward {data.reward(text, problem.answer):.0f}, {len(rollout.tokens)} tokens, stop: {rollout.stop}\n<think>{show(text)}\n")
     rollouts = [rollout for group in groups for rollout in group]
-    lengths = [len(rollout.tokens) for rollout in rollouts]
+    lengths = [[len(rollout.tokens) for rollout in group] for group in groups]
+    tokens = sum(map(sum, lengths))
     cut, share = sum(rollout.stop == "length" for rollout in rollouts) / len(rollouts), ""
     if policy.device.type == "cuda":
-        least = limit_seconds(policy, [len(p) for p in prompts for _ in range(args.n)], lengths, *machine_ceilings(policy.device))
+        least = limit_seconds(policy, [len(p) for p in prompts], lengths, *machine_ceilings(policy.device))
         share = f" ({least / seconds:.0%} of what this GPU's bandwidth allows for so few rows)"
-    print(f"{len(rollouts)} rollouts, {sum(lengths)} tokens in {seconds:.1f} s = {sum(lengths) / seconds:.0f} tokens/s{share}; "
+    print(f"{len(rollouts)} rollouts, {tokens} tokens in {seconds:.1f} s = {tokens / seconds:.0f} tokens/s{share}; "
           f"{cut:.0%} cut at --max-new-tokens")
 
 

@@ -116,12 +116,14 @@ def compare(policy, name, prompts, n, lengths, reps, peers):
             if peer == "ours":
                 assert [len(rollout.tokens) for group in result for rollout in group] == lengths, "a row did not end at its length"
                 if policy.device.type == "cuda":
-                    expected = sum(p.nbytes for p in policy.model.parameters()) + policy.engine.kv.nbytes
+                    engine = policy.engine
+                    expected = sum(p.nbytes for p in policy.model.parameters()) + engine.kv.nbytes + engine.prompt_kv.nbytes
                     memory = f", peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB (weights and cache: {expected / 2**30:.1f})"
             if rep:
                 times.setdefault(peer, []).append(seconds)
     if policy.device.type == "cuda":
-        limit = sample.limit_seconds(policy, [len(p) for p in prompts for _ in range(n)], lengths, *sample.machine_ceilings(policy.device))
+        groups = [lengths[i:i + n] for i in range(0, len(lengths), n)]
+        limit = sample.limit_seconds(policy, [len(p) for p in prompts], groups, *sample.machine_ceilings(policy.device))
     rows = []
     for peer, seconds in times.items():
         ratio, middle = statistics.median(b / a for a, b in zip(times["ours"], seconds)), statistics.median(seconds)

@@ -98,13 +98,13 @@ def test_greedy_is_exact(family):
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
 def test_the_steps_of_a_gpu(family):
     """Catches what only CUDA's way through run() and step() would show: 16 steps between two looks of the host, during which
-    finished rows run on, and fused attention. (Capture itself needs a GPU.)"""
+    finished rows run on. (Capture itself needs a GPU.)"""
     prompts, expected = ragged_prompts(9), {}
     for temperature in (1.0, 0):
         expected[temperature] = sample.generate(policy_of(family), prompts, 4, 40, temperature, max_batch=16)
     policy = sample.Policy(make_model(family), make_tokenizer(tags=False), torch.device("cpu"))
-    engine = policy.engine = sample.Decoder(policy.model, 16, 128)
-    engine.sync, engine.fused = 16, True
+    engine = policy.engine = sample.Decoder(policy.model, 16, 64, 128)
+    engine.sync = 16
     engine.out_token, engine.out_logprob = torch.zeros(16, 16, dtype=torch.int64), torch.zeros(16, 16)
     for temperature, groups in expected.items():
         for prompt, ours, theirs in zip(prompts, sample.generate(policy, prompts, 4, 40, temperature, max_batch=16), groups):
@@ -115,14 +115,16 @@ def test_the_steps_of_a_gpu(family):
 
 
 def test_limit_of_the_machine():
-    """Catches weights counted once a row, a cache counted at its final length, and dead rows that still compute. By hand:
-    qwen2, 3 layers, 2 kv heads of 12, fp32: 576 bytes a token; rows of 1 and 2 new tokens after prompts of 10 and 20."""
+    """Catches weights counted once a row, a prompt counted once a row, a cache counted at its final length, and dead rows that
+    still compute. By hand: qwen2, 3 layers, 2 kv heads of 12, fp32: 576 bytes a token; rows of 1 and 2 new tokens after a
+    prompt of 10 (read in two steps), a row of 1 after a prompt of 20."""
     policy = policy_of("qwen2")
     P = sum(p.numel() for p in policy.model.parameters())    # the head is tied: one matrix, read once
     assert sample.cache_bytes(policy.model) == 2 * 3 * 2 * 12 * 4
-    cache = 576 * (11 + 21 + 22)
-    assert sample.limit_seconds(policy, [10, 20], [1, 2], 1e9, 1e30) == pytest.approx((cache + 2 * 4 * P) / 1e9)      # bandwidth
-    assert sample.limit_seconds(policy, [10, 20], [1, 2], 1e9, 1e6) == pytest.approx(cache / 1e9 + 2 * P * 3 / 1e6)   # arithmetic
+    cache = 576 * (10 + 10 + 1 + (1 + 2) + 20 + 1)
+    limit = functools.partial(sample.limit_seconds, policy, [10, 20], [[1, 2], [1]])
+    assert limit(1e9, 1e30) == pytest.approx((cache + 2 * 4 * P) / 1e9)              # bandwidth
+    assert limit(1e9, 1e6) == pytest.approx(cache / 1e9 + 2 * P * 4 / 1e6)           # arithmetic
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "gpt2"])
@@ -180,19 +182,19 @@ def test_schedule_changes_no_draw():
 
 class Script(torch.nn.Module):
     """A fake decoder that forces the tokens it is told, row by row: the stop rules are tested apart from any model."""
-    rows, length, sync = 64, 10 ** 6, 3                      # three steps between two looks of the host
+    capacity, prompts, sync = (64, 10 ** 6, 10 ** 6), 64, 3  # three steps between two looks of the host
 
     def __init__(self, scripts):
         super().__init__()
         self.scripts = scripts
 
     def bind(self, model): pass
-    def prefill(self, prompts): return [None] * len(prompts)
-    def place(self, slot, kv): pass
-    def move(self, source, target, length): pass
+    def prefill(self, prompts, slots): pass
+    def move_prompt(self, source, target): pass
+    def move_row(self, source, target): pass
 
     def run(self, rows, temperature):
-        steps = [[self.scripts[row.prompt[0]][len(row.rollout.tokens) + s:][:1] or [9] if row else [9] for row in rows] for s in range(self.sync)]
+        steps = [[self.scripts[row.group.prompt[0]][len(row.rollout.tokens) + s:][:1] or [9] if row else [9] for row in rows] for s in range(self.sync)]
         return [[t for t, in step] for step in steps], [[-0.5] * len(rows) for _ in steps]
 
 
