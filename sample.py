@@ -8,7 +8,7 @@ tokens with its gradient (section 3). Both run over one set of weights, the para
 can never be stale. The sections, in reading order: 1 policy and checkpoint, 2 prompt, 3 log-prob, 4 sampler, 5 accuracy, 6 command.
 
 Simplifications, against what an inference server does:
-1. One GPU, one process. The KV cache is one rectangle per row (no pages): memory is reserved for the longest row.
+1. One GPU, one process. The KV cache is one rectangle per row and one per prompt (no pages), each as long as the longest.
 2. The rows of one group share their prompt's keys and values; prompts that begin alike do not share their beginning.
 3. No top-p, top-k or penalties: they would make the sampled distribution differ from the one that is trained.
 4. Our decode step knows Qwen2/2.5, Qwen3 and Llama 3; every other model runs through its own slow forward (a line says so).
@@ -527,7 +527,7 @@ def row_keys(seed, prompts, n):
 
 
 @functools.lru_cache(maxsize=8)
-def _vocabulary(size, device):
+def _hashed_ids(size, device):                               # of the vocabulary: the same in every step
     return mix(torch.arange(size, device=device, dtype=torch.int32))
 
 
@@ -542,8 +542,8 @@ def draw(logits, key, position, temperature):
     if temperature == 0:
         token = logp.argmax(-1)
     else:
-        bits = mix(mix(key + mix(position.to(torch.int32)))[:, None] ^ _vocabulary(logits.shape[-1], logits.device)) & 0x7FFFFFFF
-        minus_u = bits.add(0.5).mul_(-2.0 ** -31)            # u is fine near 0, where winners come from; u = 1 loses
+        bits = mix(mix(key + mix(position.to(torch.int32)))[:, None] ^ _hashed_ids(logits.shape[-1], logits.device)) & 0x7FFFFFFF
+        minus_u = bits.add(0.5).mul_(-2.0 ** -31).clamp_(min=2.0 ** -24 - 1)   # u is fine near 0, where winners come from; never 1
         token = (logp - minus_u.log1p_().neg_().log_()).argmax(-1)
     return token, logp.gather(-1, token[:, None]).squeeze(-1)
 
@@ -611,17 +611,16 @@ class Decoder:
     Two caches of keys and values, both in slots: `prompt_kv` has one for each prompt, `kv` one for each row, in which the
     prompt's last token sits in column 0 and the t-th new token in column t.
     """
-    def __init__(self, model, rows, length, prompt_length):
+    def __init__(self, model, rows, length, prompts, prompt_length):
         config, body, weight = model.config, model.model, model.lm_head.weight
-        self.capacity, self.length, self.device = (rows, length, prompt_length), length, weight.device
-        self.prompts = rows + PREFILL_ROWS - 1               # every row may be the last of its group, and some are prefilled ahead
+        self.capacity, self.length, self.device = (rows, length, prompts, prompt_length), length, weight.device
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.dim = getattr(config, "head_dim", None) or config.hidden_size // self.heads
         # Zeros, not empty: a masked column is multiplied by 0, and 0 * NaN is NaN.
         shape, options = (config.num_hidden_layers, 2), dict(dtype=weight.dtype, device=self.device)
-        self.prompt_kv = torch.zeros(*shape, self.prompts, self.kv_heads, prompt_length, self.dim, **options)
+        self.prompt_kv = torch.zeros(*shape, prompts, self.kv_heads, prompt_length, self.dim, **options)
         self.kv = torch.zeros(*shape, rows, self.kv_heads, length, self.dim, **options)
-        self.prompt_length = torch.zeros(self.prompts, dtype=torch.int64, device=self.device)                # cached tokens of each
+        self.prompt_length = torch.zeros(prompts, dtype=torch.int64, device=self.device)               # cached tokens of each
         self.range = torch.arange(max(rows * self.kv_heads, prompt_length + length), device=self.device)
         rotary = body.rotary_emb                             # inv_freq carries Llama 3's scaling
         angle = self.range[:prompt_length + length, None] * rotary.inv_freq.float()
@@ -634,23 +633,23 @@ class Decoder:
         self.out_token = torch.zeros(self.sync, rows, dtype=torch.int64, device=self.device)
         self.out_logprob = torch.zeros(self.sync, rows, device=self.device)
         self.count = torch.zeros(1, dtype=torch.int64, device=self.device)
-        self.graphs, self.pool, self.signature = {}, None, None
+        self.graphs, self.pool, self.stream, self.signature = {}, None, None, None
 
     def bind(self, model):
         """Look the parameters up again. Values changed in place are seen anyway; replaced tensors are seen from here on."""
+        def norm(module): return None if module is None else (module.weight, module.variance_epsilon)
+        def linear(module): return module.weight, module.bias
         def layer(block):
             attention, mlp = block.self_attn, block.mlp
-            def norm(module): return None if module is None else (module.weight, module.variance_epsilon)
-            def linear(module): return module.weight, module.bias
             return SimpleNamespace(norm1=norm(block.input_layernorm), q=linear(attention.q_proj), k=linear(attention.k_proj),
                                    v=linear(attention.v_proj), o=linear(attention.o_proj), q_norm=norm(getattr(attention, "q_norm", None)),
                                    k_norm=norm(getattr(attention, "k_norm", None)), norm2=norm(block.post_attention_layernorm),
                                    gate=linear(mlp.gate_proj), up=linear(mlp.up_proj), down=linear(mlp.down_proj))
         self.embedding, self.head = model.model.embed_tokens.weight, model.lm_head.weight
-        self.norm, self.layers = (model.model.norm.weight, model.model.norm.variance_epsilon), [layer(b) for b in model.model.layers]
+        self.norm, self.layers = norm(model.model.norm), [layer(block) for block in model.model.layers]
         signature = [p.data_ptr() for p in model.parameters()]
         if signature != self.signature:
-            self.graphs, self.signature = {}, signature      # a captured graph holds addresses
+            self.graphs, self.pool, self.signature = {}, None, signature            # a captured graph holds addresses
 
     def transformer(self, x, cos, sin, attend):
         """x (..., hidden) -> (..., hidden) before the last norm. cos, sin (..., 1, D); attend(i, q, k, v) mixes positions."""
@@ -671,16 +670,17 @@ class Decoder:
 
         The prompts are laid end to end, so that no product works on padding; attention sees them one by one.
         """
-        lengths = [len(prompt) - 1 for prompt in prompts]
-        ids = torch.tensor([token for prompt in prompts for token in prompt[:-1]], dtype=torch.int64, device=self.device)
-        position = torch.cat([self.range[:length] for length in lengths])
-        self.prompt_length[slots] = torch.tensor(lengths, device=self.device)
-        if not len(ids):                                     # prompts of one token leave nothing to prefill
+        self.prompt_length[slots] = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self.device)
+        parts = [(slot, prompt[:-1]) for slot, prompt in zip(slots, prompts) if len(prompt) > 1]
+        if not parts:
             return
+        lengths = [len(tokens) for _, tokens in parts]
+        ids = torch.tensor([token for _, tokens in parts for token in tokens], device=self.device)
+        position = torch.cat([self.range[:length] for length in lengths])
 
         def attend(i, q, k, v):                              # (tokens of all prompts, heads, D)
             mixed = []
-            for slot, q, k, v in zip(slots, *(t.transpose(0, 1).split(lengths, 1) for t in (q, k, v))):          # (heads, T, D)
+            for (slot, _), q, k, v in zip(parts, *(t.transpose(0, 1).split(lengths, 1) for t in (q, k, v))):     # (heads, T, D)
                 self.prompt_kv[i, :, slot, :, :k.shape[1]] = torch.stack((k, v))
                 mixed.append(F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, enable_gqa=True)[0])
             return torch.cat(mixed, 1).transpose(0, 1)
@@ -700,42 +700,40 @@ class Decoder:
 
         No host sync inside, so that CUDA can capture it."""
         token, column, key, prompt, seat, live = self.state[:, :B]
-        heads, position = self.kv_heads, self.prompt_length[prompt] + column
-        head, line = self.range[:heads], self.range[:B * heads].view(B, heads)       # a line of the cache is a pair (row, kv head)
-
-        def mask(hidden):                                    # (rows, T) bool -> (lines, 1, T), -inf where hidden
-            bias = torch.zeros(hidden.shape, dtype=self.kv.dtype, device=self.device).masked_fill_(hidden, -math.inf)
-            return bias.repeat_interleave(heads, 0)[:, None]
-
-        bias, prompt_bias = mask(self.range[:T] > column[:, None]), mask(self.range[:T_prompt] >= self.prompt_length[:P, None])
+        start, kv_heads = self.prompt_length[prompt], self.kv_heads
+        head, line = self.range[:kv_heads], self.range[:B * kv_heads].view(B, kv_heads)      # a line of the cache: a row's kv head
         cache = self.kv[:, :, :B, :, :T].flatten(2, 3)                                                 # (layers, 2, B kv_heads, T, D)
-        prompt_cache = self.prompt_kv[:, :, :P, :, :T_prompt].flatten(2, 3)                            # (layers, 2, P kv_heads, T_prompt, D)
+        prompt_cache = self.prompt_kv[:, :, :P, :, :T_prompt].flatten(2, 3)                            # (layers, 2, P kv_heads, T', D)
         cells, write = self.kv.flatten(2, 4), (line * self.length + column[:, None]).flatten()         # where new keys and values go
         layers = list(zip(*(part.unbind() for tensor in (cells, cache, prompt_cache) for part in tensor.unbind(1))))
+        hidden = torch.cat((self.range[:T_prompt] >= start[:, None], self.range[:T] > column[:, None]), -1)          # (B, T' + T)
+        bias = torch.zeros(hidden.shape, device=self.device).masked_fill_(hidden, -math.inf).repeat_interleave(kv_heads, 0)[:, None]
 
-        # A prompt's keys meet the queries of all its rows in one product. That needs the lines in the order (prompt, head, seat):
-        to_row = ((prompt[:, None] * heads + head) * seats + seat[:, None]).flatten()
-        to_prompt = torch.zeros(P * heads * seats, dtype=torch.int64, device=self.device)
+        # A prompt's keys meet the queries of all its rows in one product, which needs them in the order (prompt, kv head, seat):
+        to_row = ((prompt[:, None] * kv_heads + head) * seats + seat[:, None]).flatten()
+        to_prompt = torch.zeros(P * kv_heads * seats, dtype=torch.int64, device=self.device)
         to_prompt.index_add_(0, to_row, (line * live[:, None]).flatten())            # the inverse; empty slots add 0
 
         def by_prompt(x):                                    # (B kv_heads, g, ...) -> (P kv_heads, seats g, ...)
-            return x.index_select(0, to_prompt).view(P * heads, -1, x.shape[2])
+            return x.index_select(0, to_prompt).view(P * kv_heads, -1, x.shape[2])
 
         def by_row(x):                                       # and back
-            return x.view(P * heads * seats, -1, x.shape[2]).index_select(0, to_row)
+            return x.view(P * kv_heads * seats, -1, x.shape[2]).index_select(0, to_row)
+
+        def product(q, k):                                   # scores stay in fp32, as in the trainer's attention: they can be large
+            return torch.bmm(q, k.mT, out_dtype=torch.float32) if q.is_cuda else torch.bmm(q.float(), k.float().mT)
 
         def attend(i, q, k, v):
             key_cells, value_cells, keys, values, prompt_keys, prompt_values = layers[i]
             key_cells.index_copy_(0, write, k.flatten(0, 1))
             value_cells.index_copy_(0, write, v.flatten(0, 1))
-            q = q.reshape(B * heads, -1, self.dim)           # the g query heads of a kv head as g queries: nothing is repeated
-            scale = self.dim ** -0.5
-            scores = torch.cat((by_row(torch.baddbmm(prompt_bias, by_prompt(q), prompt_keys.mT, alpha=scale)),
-                                torch.baddbmm(bias, q, keys.mT, alpha=scale)), -1)                     # (B kv_heads, g, T_prompt + T)
-            weights = scores.softmax(-1)
+            q = q.reshape(B * kv_heads, -1, self.dim)        # the g query heads of a kv head as g queries: nothing is repeated
+            scores = torch.cat((by_row(product(by_prompt(q), prompt_keys)), product(q, keys)), -1)     # (B kv_heads, g, T' + T)
+            weights = torch.add(bias, scores, alpha=self.dim ** -0.5).softmax(-1).to(values.dtype)
             prompt_part = by_row(torch.bmm(by_prompt(weights[..., :T_prompt]), prompt_values))
             return torch.baddbmm(prompt_part, weights[..., T_prompt:], values).view(B, -1, self.dim)
 
+        position = start + column
         x = self.transformer(F.embedding(token, self.embedding), self.cos[position][:, None], self.sin[position][:, None], attend)
         logits = F.linear(rms_norm(x, self.norm), self.head)                                           # (B, V)
         new, logprob = draw(logits, key.to(torch.int32), position, temperature)
@@ -747,23 +745,23 @@ class Decoder:
 
     def run(self, rows, temperature):
         """`sync` steps for the rows (None = an empty slot). Returns tokens and logprobs, lists (sync, rows)."""
-        B, seats, state = len(rows), Counter(), []
+        B, members, state = len(rows), Counter(), []         # members: rows of each prompt's slot
         for row in rows:
             slot = row and row.group.slot
-            state.append((row.last, len(row.rollout.tokens), row.key, slot, seats[slot], 1) if row else (0,) * 6)
-            seats.update([slot] if row else [])
+            state.append((row.last, len(row.rollout.tokens), row.key, slot, members[slot], 1) if row else (0,) * 6)
+            members.update([slot] if row else [])
         state = torch.tensor(state).T.to(self.device)
 
         def begin():
             self.state[:, :B] = state
             self.count.zero_()
 
-        cuda = self.device.type == "cuda"                    # a graph is captured for each shape: coarser sizes, fewer graphs
-        def coarse(x): return 2 ** (x - 1).bit_length() if cuda else x
-        def columns(x, most): return min(most, round_up(x, 128 if cuda else 8))
+        cuda, coarse = self.device.type == "cuda", self.sync > 1               # where a shape costs a graph, shapes are coarse
+        def size(x): return 2 ** (x - 1).bit_length() if coarse else x
+        def columns(x, most): return min(most, round_up(x, 128 if coarse else 8))
         T = columns(max(len(row.rollout.tokens) for row in rows if row) + self.sync, self.length)
         T_prompt = columns(max(len(row.group.prompt) for row in rows if row), self.prompt_kv.shape[4])
-        shape = B, T, min(self.prompts, coarse(max(seats) + 1)), T_prompt, coarse(max(seats.values())), temperature
+        shape = B, T, min(self.capacity[2], size(max(members) + 1)), T_prompt, size(max(members.values())), temperature
         begin()
         if cuda and shape not in self.graphs:
             self.capture(shape)
@@ -774,14 +772,16 @@ class Decoder:
 
     def capture(self, shape):
         """Record step(*shape) as one CUDA graph: hundreds of kernel launches become one."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        if len(self.graphs) >= 256:                          # each holds some memory; all go at once, since they share a pool
+            self.graphs, self.pool = {}, None
+        self.stream = self.stream or torch.cuda.Stream()
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
             for _ in range(2):                               # warm-up: libraries allocate, Triton compiles
                 self.step(*shape)
-        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.current_stream().wait_stream(self.stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
             self.step(*shape)
         self.pool = self.pool or graph.pool()
         self.graphs[shape] = graph
@@ -794,8 +794,8 @@ def rms_norm(x, norm):
 
 class SlowDecoder:
     """The same interface for any other architecture: every step runs the model's own forward over the whole sequences."""
-    def __init__(self, model, rows, length, prompt_length):
-        self.capacity, self.prompts = (rows, length, prompt_length), rows + PREFILL_ROWS - 1
+    def __init__(self, model, *capacity):
+        self.capacity = capacity
 
     def bind(self, model):
         self.model = model
@@ -819,7 +819,8 @@ class SlowDecoder:
 
 
 # --- the schedule ----------------------------------------------------------------------------------------------------------
-PREFILL_TOKENS, PREFILL_ROWS = 8192, 16    # at most so many tokens at once, and, if so many wait, at least for so many rows
+PREFILL_TOKENS = 8192                      # a prefill takes at most so many tokens at once (or one longer prompt) ...
+PREFILL_ROWS = 16                          # ... and goes on until so many rows are ready
 
 
 @dataclass(slots=True)
@@ -869,7 +870,7 @@ def batch_limit(policy, prompt_length, max_new_tokens):
         free += torch.cuda.memory_reserved(policy.device) - torch.cuda.memory_allocated(policy.device)
         if isinstance(policy.engine, Decoder):               # the kept cache will be used again, or freed for a larger one
             free += policy.engine.kv.nbytes + policy.engine.prompt_kv.nbytes
-        limit = min(2048, int(0.8 * free / row))
+        limit = min(2048, int(0.8 * free / row))             # the rest: activations, graphs, prompts that are prefilled ahead
     else:
         limit = min(128, int(4e9 / row))                      # a fixed budget: the same run everywhere gets the same batches
     if limit < 1:
@@ -878,19 +879,16 @@ def batch_limit(policy, prompt_length, max_new_tokens):
 
 
 def _engine(policy, *capacity):
-    """The policy's decoder, made anew only if the kept one is too small. capacity: rows, new tokens, prompt tokens."""
+    """The policy's decoder, made anew only if the kept one is too small. capacity: rows, new tokens, prompts, prompt tokens."""
     engine = policy.engine
     if engine is None or any(has < needed for has, needed in zip(engine.capacity, capacity)):
-        policy.engine = None                                 # free the old cache before the new one is allocated
+        if engine and engine.capacity[:2] == capacity[:2]:   # as in a run of grpo.py: grow, so that this happens a few times only
+            capacity = tuple(map(max, engine.capacity, capacity))
+        engine = policy.engine = None                        # free the old cache before the new one is allocated
         kind = SlowDecoder if why_not_ours(policy.model) else Decoder
         policy.engine = engine = kind(policy.model, *capacity)
     engine.bind(policy.model)
     return engine
-
-
-def release(policy):
-    """Free the sampler's cache and graphs, e.g. before a training phase that needs the memory."""
-    policy.engine = None
 
 
 @functools.lru_cache(maxsize=1 << 18)
@@ -918,6 +916,7 @@ def check_request(policy, prompts, n, max_new_tokens):
 
 
 def compact(slots, size, move):
+    """Move what lies in slots from `size` on into the holes below."""
     holes = (i for i in range(size) if slots[i] is None)
     for source in range(size, len(slots)):
         if slots[source]:
@@ -930,18 +929,19 @@ def compact(slots, size, move):
 def generate(policy, prompts, n=1, max_new_tokens=512, temperature=1.0, seed=0, max_batch=None):
     """Sample n responses to each prompt (a list of token ids). Returns, in the order of the prompts, lists of n Rollouts.
 
-    temperature 0 is greedy. The noise of a token is a function of (seed, prompt index, sample, position) alone, so neither
-    max_batch (rows at a time; None: batch_limit) nor the order in which rows finish changes a draw. Raises data.InputError
-    if a prompt with its new tokens exceeds the model's context or the memory.
+    temperature 0 is greedy. The noise of a token is a function of (seed, prompt index, sample, position) alone: neither
+    max_batch (rows at a time; None: batch_limit) nor the order in which rows finish changes it, though the shape of a batch
+    changes rounding, which can turn a near-tie. Raises data.InputError if a prompt with its new tokens exceeds the model's
+    context or the memory.
     """
     if not prompts:
         return []
     check_request(policy, prompts, n, max_new_tokens)
     longest = max(map(len, prompts))
-    limit = min(max_batch or batch_limit(policy, longest, max_new_tokens), n * len(prompts))
+    limit = max_batch or min(batch_limit(policy, longest, max_new_tokens), n * len(prompts))
+    rows, groups = [None] * limit, [None] * min(limit + PREFILL_ROWS - 1, len(prompts))                # what the slots hold
     # A row that ends between two looks of the host runs on to the next one, inside its slot: 32 is a multiple of every sync.
-    engine = _engine(policy, limit, round_up(max_new_tokens, 32), round_up(longest, 128))
-    rows, groups = [None] * limit, [None] * engine.prompts   # what the slots hold
+    engine = _engine(policy, limit, round_up(max_new_tokens, 32), len(groups), round_up(longest, 128))
     tokenizer, eos = policy.tokenizer, policy.eos_ids
     keys = row_keys(seed, len(prompts), n).tolist()
     results = [[Rollout([], []) for _ in range(n)] for _ in prompts]
@@ -951,7 +951,7 @@ def generate(policy, prompts, n=1, max_new_tokens=512, temperature=1.0, seed=0, 
     while waiting or ready or any(rows):
         # Refill: rows that are ready take the free slots; when these are too few, waiting prompts are prefilled, several at once.
         free = [slot for slot, row in enumerate(rows) if row is None]
-        if len(ready) < len(free):
+        while waiting and len(ready) < len(free):
             batch = []
             while waiting and None in groups and len(ready) < max(PREFILL_ROWS, len(free)):
                 i, slot = waiting[0], groups.index(None)
@@ -961,8 +961,7 @@ def generate(policy, prompts, n=1, max_new_tokens=512, temperature=1.0, seed=0, 
                 batch.append(groups[slot])
                 ready.extend(_Row(groups[slot], keys[i][j], results[i][j]) for j in range(n))
                 waiting.popleft()
-            if batch:
-                engine.prefill([group.prompt for group in batch], [group.slot for group in batch])
+            engine.prefill([group.prompt for group in batch], [group.slot for group in batch])
         for slot in free[:len(ready)]:
             rows[slot] = ready.popleft()
 
@@ -1006,8 +1005,7 @@ def greedy_accuracy(policy, problems, max_new_tokens=512, max_batch=None):
     """Greedy answers to `problems` (objects with .question and .answer), scored by data.reward.
 
     Returns n, correct, accuracy, format_rate (share with exactly one readable answer), cut_rate (share that reached
-    max_new_tokens), mean_tokens, hits (0.0 or 1.0) and texts,
-    both in the order of the problems.
+    max_new_tokens), mean_tokens, hits (0.0 or 1.0) and texts, both in the order of the problems.
     """
     problems = list(problems)
     if not problems:
@@ -1096,7 +1094,8 @@ def main():
         print(f"{problem.question}\n[answer {problem.answer}]\n")
         for rollout in group:
             text = decode(policy.tokenizer, rollout.tokens)
-            print(f"--- reward {data.reward(text, problem.answer):.0f}, {len(rollout.tokens)} tokens, stop: {rollout.stop}\n<think>{show(text)}\n")
+            print(f"--- reward {data.reward(text, problem.answer):.0f}, {len(rollout.tokens)} tokens, stop: {rollout.stop}")
+            print(f"<think>{show(text)}\n")
     rollouts = [rollout for group in groups for rollout in group]
     lengths = [[len(rollout.tokens) for rollout in group] for group in groups]
     tokens = sum(map(sum, lengths))
