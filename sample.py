@@ -514,9 +514,9 @@ class Rollout:
 # a schedule could shift but a function: a hash of (seed, prompt, sample, position, vocabulary id).
 def mix(x):
     """A bijection on 32-bit integers that scatters its input (int32 tensors; C. Wellons' "lowbias32" constants)."""
-    x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D              # >> copies the sign bit: the mask makes the shift a logical one
-    x = (x ^ ((x >> 15) & 0x1FFFF)) * -0x7B935975            # 0x846CA68B as a signed number
-    return x ^ ((x >> 16) & 0xFFFF)
+    x = (x >> 16).bitwise_and_(0xFFFF).bitwise_xor_(x).mul_(0x7FEB352D)      # >> copies the sign bit: the mask makes it logical
+    x = (x >> 15).bitwise_and_(0x1FFFF).bitwise_xor_(x).mul_(-0x7B935975)    # 0x846CA68B as a signed number
+    return (x >> 16).bitwise_and_(0xFFFF).bitwise_xor_(x)
 
 
 def row_keys(seed, prompts, n):
@@ -704,8 +704,9 @@ class Decoder:
         head, line = self.range[:kv_heads], self.range[:B * kv_heads].view(B, kv_heads)      # a line of the cache: a row's kv head
         cache = self.kv[:, :, :B, :, :T].flatten(2, 3)                                                 # (layers, 2, B kv_heads, T, D)
         prompt_cache = self.prompt_kv[:, :, :P, :, :T_prompt].flatten(2, 3)                            # (layers, 2, P kv_heads, T', D)
-        cells, write = self.kv.flatten(2, 4), (line * self.length + column[:, None]).flatten()         # where new keys and values go
-        layers = list(zip(*(part.unbind() for tensor in (cells, cache, prompt_cache) for part in tensor.unbind(1))))
+        cells, write = self.kv.flatten(1, 4), (line * self.length + column[:, None]).flatten()         # where new keys go,
+        write = torch.cat((write, write + self.kv[0, 0].numel() // self.dim))                          # and values
+        layers = list(zip(cells.unbind(), *(part.unbind() for tensor in (cache, prompt_cache) for part in tensor.unbind(1))))
         hidden = torch.cat((self.range[:T_prompt] >= start[:, None], self.range[:T] > column[:, None]), -1)          # (B, T' + T)
         bias = torch.zeros(hidden.shape, device=self.device).masked_fill_(hidden, -math.inf).repeat_interleave(kv_heads, 0)[:, None]
 
@@ -724,9 +725,8 @@ class Decoder:
             return torch.bmm(q, k.mT, out_dtype=torch.float32) if q.is_cuda else torch.bmm(q.float(), k.float().mT)
 
         def attend(i, q, k, v):
-            key_cells, value_cells, keys, values, prompt_keys, prompt_values = layers[i]
-            key_cells.index_copy_(0, write, k.flatten(0, 1))
-            value_cells.index_copy_(0, write, v.flatten(0, 1))
+            cells, keys, values, prompt_keys, prompt_values = layers[i]
+            cells.index_copy_(0, write, torch.stack((k, v)).flatten(0, 2))
             q = q.reshape(B * kv_heads, -1, self.dim)        # the g query heads of a kv head as g queries: nothing is repeated
             scores = torch.cat((by_row(product(by_prompt(q), prompt_keys)), product(q, keys)), -1)     # (B kv_heads, g, T' + T)
             weights = torch.add(bias, scores, alpha=self.dim ** -0.5).softmax(-1).to(values.dtype)
@@ -747,9 +747,12 @@ class Decoder:
         """`sync` steps for the rows (None = an empty slot). Returns tokens and logprobs, lists (sync, rows)."""
         B, members, state = len(rows), Counter(), []         # members: rows of each prompt's slot
         for row in rows:
-            slot = row and row.group.slot
-            state.append((row.last, len(row.rollout.tokens), row.key, slot, members[slot], 1) if row else (0,) * 6)
-            members.update([slot] if row else [])
+            if row is None:
+                state.append((0,) * 6)
+            else:
+                slot = row.group.slot
+                state.append((row.last, len(row.rollout.tokens), row.key, slot, members[slot], 1))
+                members[slot] += 1
         state = torch.tensor(state).T.to(self.device)
 
         def begin():
