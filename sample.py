@@ -493,10 +493,11 @@ def sum_logprob(hidden, weight, targets, *, temperature=1.0, backend="auto", chu
 # ---------------------------------------------------------------------------------------------------------------------------
 # 4. The sampler
 #
-# A *row* is one rollout on its way, a *group* the n rows of one prompt. The prompt's keys and values are computed once and read
-# by the whole group together; each row has a slot of its own for what it adds. One step feeds every live row its last token and
-# draws the next one. The host looks at the drawn tokens after each step (CUDA: every 16): finished rows leave, rows of waiting
-# prompts take their slots (refill), and when none wait, the last rows move into the holes and the batch shrinks (compaction).
+# A *row* is one rollout on its way, a *group* the n rows of one prompt. The prompt's keys and values (all but its last token's)
+# are computed once and read by the whole group together; each row has a slot of its own for what follows. One step feeds every
+# live row its last token and draws the next one. The host looks at the drawn tokens after each step (CUDA: every 16): finished
+# rows leave, rows of waiting prompts take their slots (refill), and when none wait, the last rows move into the holes and the
+# batch shrinks (compaction).
 # ---------------------------------------------------------------------------------------------------------------------------
 @dataclass(slots=True)
 class Rollout:
@@ -823,7 +824,7 @@ class SlowDecoder:
 
 # --- the schedule ----------------------------------------------------------------------------------------------------------
 PREFILL_TOKENS = 8192                      # a prefill takes at most so many tokens at once (or one longer prompt) ...
-PREFILL_ROWS = 16                          # ... and goes on until so many rows are ready
+PREFILL_ROWS = 16                          # ... and goes on until so many rows are ready, or as many as there are free slots
 
 
 @dataclass(slots=True)
@@ -942,7 +943,8 @@ def generate(policy, prompts, n=1, max_new_tokens=512, temperature=1.0, seed=0, 
     check_request(policy, prompts, n, max_new_tokens)
     longest = max(map(len, prompts))
     limit = max_batch or min(batch_limit(policy, longest, max_new_tokens), n * len(prompts))
-    rows, groups = [None] * limit, [None] * min(limit + PREFILL_ROWS - 1, len(prompts))                # what the slots hold
+    ahead = min(limit // 8, PREFILL_ROWS)                    # prompts that may be in the cache before a row is free for them
+    rows, groups = [None] * limit, [None] * min(limit + ahead, len(prompts))                           # what the slots hold
     # A row that ends between two looks of the host runs on to the next one, inside its slot: 32 is a multiple of every sync.
     engine = _engine(policy, limit, round_up(max_new_tokens, 32), len(groups), round_up(longest, 128))
     tokenizer, eos = policy.tokenizer, policy.eos_ids

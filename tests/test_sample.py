@@ -86,21 +86,23 @@ def test_greedy_is_exact(family):
         reference = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
                                    do_sample=False, max_new_tokens=12, eos_token_id=1, pad_token_id=0)[0, len(prompt):].tolist()
         alone = sample.generate(policy, [prompt], 1, 12, temperature=0)[0][0]
-        for tokens in (rollout.tokens, alone.tokens):
-            assert tokens == reference or is_greedy(model, prompt, tokens)
-        assert rollout.stop == ("eos" if rollout.tokens[-1] == 1 else "length")
+        for r in (rollout, alone):
+            assert r.tokens == reference or is_greedy(model, prompt, r.tokens)
+            assert r.stop == ("eos" if r.tokens[-1] == 1 else "length") and (r.stop == "eos" or len(r.tokens) == 12)
     for n in (5, 16):
         groups = sample.generate(policy, prompts[:6], n, 12, temperature=0, max_batch=7)
         for prompt, rollouts, (expected,) in zip(prompts, groups, batched):
-            assert all(r.tokens == expected.tokens or is_greedy(model, prompt, r.tokens) for r in rollouts)
+            assert len(rollouts) == n and all(r.tokens == expected.tokens or is_greedy(model, prompt, r.tokens) for r in rollouts)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
 def test_the_steps_of_a_gpu(family):
     """Catches what only CUDA's way through run() and step() would show: 16 steps between two looks of the host, during which
     finished rows run on, and sizes rounded up, to columns and slots that still hold what another call left there: the cache
-    starts as noise, and prompts get shorter from call to call. (Capture itself needs a GPU.)"""
+    starts as noise, and the last call has shorter prompts. (Capture itself needs a GPU.)"""
     policy, reference = (sample.Policy(make_model(family), make_tokenizer(tags=False), torch.device("cpu")) for _ in range(2))
+    sample.generate(policy, ragged_prompts(1), 1, 33, max_batch=16)
+    assert policy.engine.length % 16 == 0                    # a row that ends at its limit runs on to a look of the host
     engine = policy.engine = sample.Decoder(policy.model, 16, 64, 9, 128)
     engine.sync = 16
     engine.out_token, engine.out_logprob = torch.zeros(16, 16, dtype=torch.int64), torch.zeros(16, 16)
@@ -114,6 +116,21 @@ def test_the_steps_of_a_gpu(family):
                 assert (a.tokens, a.stop) == (b.tokens, b.stop) or temperature == 0 and is_greedy(policy.model, prompt, a.tokens)
                 torch.testing.assert_close(torch.tensor(a.logprobs), torch.tensor(b.logprobs), atol=1e-4, rtol=0)
     assert policy.engine is engine
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+def test_graphs_repeat_the_steps(family):
+    """Catches a graph that replays what its capture saw: captured in the first round and replayed in the second, on a GPU."""
+    prompts = ragged_prompts(9)
+    policy = sample.Policy(make_model(family).cuda(), make_tokenizer(tags=False), torch.device("cuda"))
+    for _ in range(2):
+        for prompt, group in zip(prompts, sample.generate(policy, prompts, 4, 40, temperature=0, max_batch=16)):
+            for r in group:
+                logits = full_logits(policy_of(family).model, prompt, r.tokens)
+                logprobs = torch.log_softmax(logits, -1).gather(1, torch.tensor(r.tokens)[:, None])[:, 0]
+                assert bool((logprobs >= torch.log_softmax(logits, -1).amax(1) - 1e-3).all())
+                torch.testing.assert_close(torch.tensor(r.logprobs), logprobs, atol=1e-3, rtol=0)
 
 
 def test_limit_of_the_machine():
