@@ -1076,6 +1076,9 @@ def read_problems(path, graph=False):
                 if line.strip():
                     try:
                         problems.append(from_record(json.loads(line), graph))
+                    except json.JSONDecodeError as error:
+                        raise InputError(f"{path}, line {number}: not JSON ({error.msg}, column {error.colno}); give one problem a line, "
+                                         "as data.py writes them") from None
                     except (ValueError, RecursionError) as error:
                         raise InputError(f"{path}, line {number}: {error}") from None
                     if problems[-1].id is None:

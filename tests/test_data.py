@@ -494,7 +494,7 @@ GOOD = '{"question": "What is the value of ab?", "answer": 1, "task": "promptben
 
 
 @pytest.mark.parametrize("content, line", [
-    ("", "holds no problem"), ("\n\n", "holds no problem"), (GOOD + "{oops\n", "line 2"), (GOOD + "[1]\n", "line 2"), ("[" * 100_000, "line 1"),
+    ("", "holds no problem"), ("\n\n", "holds no problem"), (GOOD + "{oops\n", "line 2: not JSON"), (GOOD + "[1]\n", "line 2"), ("[" * 100_000, "line 1"),
     ('{"question": "x"}\n', "'answer'"), ('{"question": "x", "answer": true}\n', "'answer'"), ('{"question": "x", "answer": "7"}\n', "'answer'"),
     ('{"question": 3, "answer": 7}\n', "'question'"), ('{"question": "x", "answer": 7, "response": 3}\n', "'response'"),
     ('{"question": "x", "answer": 7, "categories": {"a": "b"}}\n', "'categories'"), ('{"question": "x", "answer": 7, "task": []}\n', "'task'"),
