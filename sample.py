@@ -514,7 +514,9 @@ class Rollout:
 # Gumbel-max: argmax_v (x_v + G_v) with G_v = -log E_v, E_v ~ Exp(1), is a draw from softmax(x). The noise is not a stream that
 # a schedule could shift but a function: a hash of (seed, prompt, sample, position, vocabulary id).
 def mix(x):
-    """A bijection on 32-bit integers that scatters its input (int32 tensors; C. Wellons' "lowbias32" constants)."""
+    """A bijection on 32-bit integers that scatters its input (int32 tensors; C. Wellons' "lowbias32" constants).
+
+    Three times x ^ (x >> s), with a product after the first two; each works in place on the new tensor that its shift makes."""
     x = (x >> 16).bitwise_and_(0xFFFF).bitwise_xor_(x).mul_(0x7FEB352D)      # >> copies the sign bit: the mask makes it logical
     x = (x >> 15).bitwise_and_(0x1FFFF).bitwise_xor_(x).mul_(-0x7B935975)    # 0x846CA68B as a signed number
     return (x >> 16).bitwise_and_(0xFFFF).bitwise_xor_(x)
@@ -697,7 +699,7 @@ class Decoder:
 
     def step(self, B, T, P, T_prompt, seats, temperature):
         """Feed each of the first B rows its token and draw the next. Of the caches only T columns of these rows and T_prompt
-        columns of the first P prompts are read. Rows of one prompt have different seats, 0 ... seats - 1.
+        columns (T' below) of the first P prompts are read. Rows of one prompt have different seats, 0 ... seats - 1.
 
         No host sync inside, so that CUDA can capture it."""
         token, column, key, prompt, seat, live = self.state[:, :B]
