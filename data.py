@@ -34,9 +34,10 @@ Where we depart from the released generator and the paper:
 3. a hash of the text decides whether a problem is for training, validation or test, whatever the seed;
 4. PromptBench names are random (in DyVal their order gives the solution away) and "subtracting B from A" is A - B.
 """
-import argparse, hashlib, json, os, re, sys, time
+import argparse, hashlib, json, math, os, re, sys, tempfile, time
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import count, islice, product
 from random import Random
@@ -131,6 +132,58 @@ def run_cli(main):
         raise SystemExit(130)
     except BrokenPipeError:  # `python data.py | head` is not an error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose own errors are one sentence like all others, and that takes no abbreviated flag."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc.split("\n")[0], allow_abbrev=False)
+
+    def error(self, message):
+        raise InputError(message.removeprefix("argument "))
+
+
+def number(kind, low, high, words):
+    """An argparse type: a number of this kind in low ... high. NaN and infinity lie in no range."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high or abs(value) == math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not {words}")
+        return value
+    return parse
+
+
+positive_int = number(int, 1, math.inf, "a whole number of at least 1")
+natural = number(int, 0, math.inf, "a whole number of at least 0")
+positive = number(float, 5e-324, math.inf, "a number above 0")
+not_negative = number(float, 0, math.inf, "a number of at least 0")
+share = number(float, 0, 1, "a number from 0 to 1")
+
+
+@contextmanager
+def replacing(path, mode="w"):
+    """A temporary file beside `path` that takes its place when the block ends without an error: a crash, a full disk or
+    Ctrl-C leaves the old file or the new one, never half a one. Raises InputError where it cannot be written."""
+    path, text = os.fspath(path), {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+    temporary = None
+    try:
+        handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path) or ".", prefix=os.path.basename(path), suffix=".tmp")
+        with os.fdopen(handle, mode, **text) as file:
+            yield file
+            file.flush()
+            os.fsync(handle)
+        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read
+        os.replace(temporary, path)
+        temporary = None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror or error}") from None
+    finally:
+        if temporary:
+            os.remove(temporary)
 
 
 # ------------------------------------------------------------------------------------------ the graph
@@ -400,7 +453,7 @@ def draw_redundant(rng, edges, implied, order):
     return rules
 
 
-def draw_problem(rng, ops=(15, 20), max_answer=1000, max_value=None, size=None):
+def draw_problem(rng, ops=(15, 20), max_answer=1000, max_value=None, size=None, tidy=False):
     """One draw of the generator -> a Problem, or a string that says why the draw was rejected."""
     wanted = rng.randint(*ops)
     low = max(2, wanted // 2)
@@ -419,7 +472,7 @@ def draw_problem(rng, ops=(15, 20), max_answer=1000, max_value=None, size=None):
     rules.update(draw_redundant(rng, edges, implied, order))
     nodes = {q: Node(q, rule.formula(), rule.text()) for q, rule in rules.items()}
     add_implied(nodes, implied, order)
-    return finish(Problem("", values[order[-1]], order[-1], nodes, ops=wanted, categories=categories), order, rng)
+    return finish(Problem("", values[order[-1]], order[-1], nodes, ops=wanted, categories=categories), order, rng, tidy)
 
 
 def solve(formulas):
@@ -453,6 +506,7 @@ OPENINGS = ("- Let {x} be the number of {name}.",
             "- The number of {name} is written {x}.",
             "- Now call the number of {name} {x}.")
 LINKS = ("Then", "So")
+TIDY_OPENING = OPENINGS[1]
 ANALYSIS = "It equals {text}."
 REFLECTION = "But {missing} must be known first, so {x} has to wait."
 ANSWER = "</think>\n<answer>\nThe final answer is \\boxed{{{value}}}.\n</answer>"
@@ -463,14 +517,17 @@ def ask(target):
     return QUESTION.format(item=item, owner=owner)
 
 
-def finish(problem, order, rng):
-    """Put a drawn problem into words: the question, and the vanilla answer that takes its steps in this order."""
+def finish(problem, order, rng, tidy=False):
+    """Put a drawn problem into words: the question, and the vanilla answer that takes its steps in this order.
+
+    tidy: letters in order of appearance (a, b, c ...) and always the same wording."""
     words = TASKS[problem.task]
     lines = [words.premise.format(name=n.name, text=n.text) for n in problem.nodes.values() if n.text]
     rng.shuffle(lines)
     problem.question = "\n".join([*lines, words.ask(problem.target)])
     letters = rng.sample(words.alphabet, len(order)) if words.alphabet else order
-    problem.response = write_response(problem, [open_step(problem, q, x, rng) for q, x in zip(order, letters)])
+    steps = [open_step(problem, q, x, rng) for q, x in zip(order, letters)]
+    problem.response = write_response(problem, in_order(steps) if tidy else steps)
     return problem
 
 
@@ -496,6 +553,18 @@ def open_step(problem, node, letter, rng):
     """A step on `node` in one of the wordings."""
     words = TASKS[problem.task]
     return Step(node, letter, rng.choice(words.openings).format(x=letter, name=node), rng.choice(words.links))
+
+
+def in_order(steps):
+    """The same steps in the tidy wording, with the letters a, b, c ... in order of appearance."""
+    letters = dict(zip(dict.fromkeys(step.node for step in steps), LETTERS))
+    return [step._replace(letter=letters[step.node], link="Then",
+                          head=TIDY_OPENING.format(x=letters[step.node], name=step.node)) for step in steps]
+
+
+def is_tidy(steps):
+    """Whether an answer is worded so already: when it is edited, the edited one should be, too."""
+    return bool(steps) and steps == in_order(steps)
 
 
 def show(tokens):
@@ -868,9 +937,9 @@ def draw_tree(rng, depth, names, nodes):
     return name
 
 
-def draw_promptbench(rng, depth=4, redundancy=(0, 8), max_answer=1000, max_value=None):
-    """One draw -> a Problem, or a string that says why the draw was rejected."""
-    names, nodes, extra = rng.sample(NAMES, len(NAMES)), {}, rng.randint(*redundancy)
+def draw_promptbench(rng, depth=4, redundancy=(0, 8), max_answer=1000, max_value=None, names=len(NAMES)):
+    """One draw -> a Problem, or a string that says why the draw was rejected. names: how many of the names may occur."""
+    names, nodes, extra = rng.sample(NAMES[:names], names), {}, rng.randint(*redundancy)
     target = draw_tree(rng, depth, names, nodes)
     values, order = solve({name: node.formula for name, node in nodes.items()}), list(nodes)
     if reason := too_large(values, target, max_answer, max_value):
@@ -944,7 +1013,7 @@ TASKS = {
 
 # ------------------------------------------------------------------------------------------- many problems
 SPLITS = {"train": range(0, 60), "val": range(60, 80), "test": range(80, 100)}
-RANGES = {"ops": (1, 30), "size": (2, 30), "depth": (1, 7), "redundancy": (0, 30)}  # what may be asked for
+RANGES = {"ops": (1, 30), "size": (2, 30), "depth": (1, 7), "redundancy": (0, 30), "names": (1, len(NAMES))}  # what may be asked for
 
 
 def fingerprint(question):
@@ -965,6 +1034,9 @@ def check_options(options):
         numbers = [given] if isinstance(given, int) else list(given or ())
         if numbers != sorted(numbers) or not all(low <= x <= high for x in numbers):
             raise InputError(f"--{name} {show(numbers)}: must lie in {low} ... {high}, the lower number first")
+    most = (2 ** options.get("depth", 4) - 1) + 3 * max(options.get("redundancy", (0, 8)))
+    if most > options.get("names", most):
+        raise InputError(f"--names {options['names']}: a problem of this depth and redundancy can hold {most} quantities; raise it")
     for name in ("max_answer", "max_value"):
         if options.get(name) is not None and options[name] < 1:
             raise InputError(f"--{name.replace('_', '-')} {options[name]}: must be at least 1")
@@ -1094,17 +1166,10 @@ def read_problems(path, graph=False):
 
 def write_records(path, records):
     """Write records as JSON lines; the file appears whole or not at all. Returns how many were written."""
-    written, partial = 0, f"{path}.partial"
-    try:
-        with open(partial, "w", encoding="utf-8", newline="\n") as file:
-            for written, record in enumerate(records, 1):
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        os.replace(partial, path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
-    finally:
-        if os.path.exists(partial):
-            os.remove(partial)
+    written = 0
+    with replacing(path) as file:
+        for written, record in enumerate(records, 1):
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
     return written
 
 
@@ -1148,13 +1213,15 @@ def add_problem_flags(parser):
     add("--size", type=int, nargs=2, metavar=("LO", "HI"), help="igsm: premises a problem; default: follows the operations")
     add("--depth", type=int, default=4, help="promptbench: levels of the tree")
     add("--redundancy", type=int, nargs=2, default=(0, 8), metavar=("LO", "HI"), help="promptbench: trees that serve nothing")
+    add("--names", type=int, default=len(NAMES), help="promptbench: how many names there are to draw from")
+    add("--tidy", action="store_true", help="igsm: letters in order of appearance and one wording (a small model's answers)")
     add("--max-answer", type=int, default=1000, help="drop problems with |answer| >= this")
     add("--max-value", type=int, help="drop problems where a value on the way is >= this (a small model's arithmetic)")
 
 
 def problem_options(args):
     """Those flags, checked, as keyword arguments of `generate`. Without --ops they are those of the tiny default."""
-    names = {"igsm": ("ops", "size"), "promptbench": ("depth", "redundancy")}[args.task]
+    names = {"igsm": ("ops", "size", "tidy"), "promptbench": ("depth", "redundancy", "names")}[args.task]
     options = {name: getattr(args, name) for name in (*names, "max_answer", "max_value")}
     if args.task == "igsm" and args.ops is None:
         options |= {"ops": TINY["ops"], "max_value": TINY["max_value"] if args.max_value is None else args.max_value}

@@ -63,7 +63,7 @@ def inject(problem, response, behaviors=BEHAVIORS, p=0.1, rng=None, official=Fal
             if detour := take_detour(problem, step, solved, letters, rng, official):
                 write(detour)
         write(step)
-    return data.write_response(problem, injected)
+    return data.write_response(problem, data.in_order(injected) if data.is_tidy(steps) else injected)
 
 
 def take_detour(problem, step, solved, letters, rng, official=False):
@@ -94,13 +94,14 @@ def shuffle_premises(problem, rng):
 
 def reorder_steps(problem, response, rng):
     """RC-Aug: the same answer with its steps in another topological order."""
-    waiting, solved, order = data.read_steps(problem, response), set(), []
+    steps, solved, order = data.read_steps(problem, response), set(), []
+    waiting = list(steps)
     while waiting:
         ready = [step for step in waiting if solved.issuperset(problem.nodes[step.node].parents)]
         order.append(rng.choice(ready))
         waiting.remove(order[-1])
         solved.add(order[-1].node)
-    return data.write_response(problem, order)
+    return data.write_response(problem, data.in_order(order) if data.is_tidy(steps) else order)
 
 
 def augment(problem, method, behaviors=BEHAVIORS, p=0.1, copies=4, seed=0, official=False):

@@ -295,11 +295,11 @@ def check_files(args, parser, start):
     """Refuse flags that contradict each other on what is read, and outputs that could not be written at the end of a long run.
     start: the file or name that the weights come from."""
     if args.data:
-        refuse(args, parser, ("task", "ops", "size", "depth", "redundancy", "max_answer", "max_value"), "with --data, which brings its problems")
+        refuse(args, parser, ("task", "ops", "size", "tidy", "depth", "redundancy", "names", "max_answer", "max_value"), "with --data, which brings its problems")
     elif args.task == "igsm":
-        refuse(args, parser, ("depth", "redundancy"), "with --task igsm")
+        refuse(args, parser, ("depth", "redundancy", "names"), "with --task igsm")
     else:
-        refuse(args, parser, ("ops", "size"), f"with --task {args.task}")
+        refuse(args, parser, ("ops", "size", "tidy"), f"with --task {args.task}")
     folder = os.path.dirname(args.out) or "."
     if not args.out.endswith(".pt") or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
         raise data.InputError(f"--out {args.out}: must end in .pt and lie in a folder that exists and can be written")
