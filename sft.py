@@ -16,7 +16,7 @@ Where we depart from the paper:
 2. the loss is averaged over the tokens of the whole batch, so it does not depend on how the batch is cut into micro-batches;
 3. `--model scratch` has no counterpart in the paper, which starts from pretrained models.
 """
-import argparse, csv, glob, itertools, json, os, re, signal, sys, time, zlib
+import argparse, csv, functools, glob, itertools, json, os, re, signal, sys, time, zlib
 from random import Random
 
 import torch
@@ -355,31 +355,50 @@ def train(policy, examples, args, run, log):
 
 
 # ---------------------------------------------------------------------------- a tiny base model from scratch
-REPEAT, SUMS = "Repeat the premises in another order.", "Compute."
+# A real base model has read answers of every style before anyone fine-tunes it. Ours has to, too: a base that has read
+# only plain answers makes injected ones a competence to be learned from 2,000 examples, and RL deletes what is half
+# learned (results/tiny/regimes.md). So it reads (1) skills without answers, in a wording that no answer uses, then
+# (2) 25% skills and plain and injected answers in equal parts, so that SFT chooses a style and not a competence.
+SHARES = {"skill": 0.25, "plain": 0.375, "injected": 0.375}  # of the texts after the first stage
+INJECTED_P = (0.1, 0.2, 0.3, 0.5)
+# What the problems look like, from easy to hard; the harder ones join in during the first half.
+CURRICULUM = {"igsm": [dict(ops=(1, 3)), dict(ops=(3, 5), size=(3, 4)), dict(ops=(6, 8), size=(4, 5)),
+                       dict(ops=(8, 10), size=(5, 6))],
+              "promptbench": [dict(depth=2, redundancy=(0, 2)), dict(depth=3, redundancy=(0, 2)),
+                              dict(depth=3, redundancy=(0, 2)), dict(depth=4, redundancy=(0, 2))]}
+COMMON = {"igsm": dict(max_value=100, tidy=True), "promptbench": dict(max_value=100, names=64)}
 
 
 def tiny_tokenizer():
-    """A word-level tokenizer for our problems: about 1,000 tokens, 140 for a problem with 4 operations.
+    """A word-level tokenizer for our problems: about 1,100 tokens, 140 for an iGSM problem with 4 operations.
 
-    An item's name is one token, "each <item>'s" is another, digits and letters are single tokens, and so are the tags
-    and the fixed phrases of the premises. Whatever else comes is spelled in characters, or in bytes."""
-    names = [item for world in data.WORLDS for groups in world.values() for group in groups for item in group]
+    An item's name is one token, "each <item>'s" is another, so is a PromptBench name, digits and letters are single
+    tokens, and so are the tags and the fixed phrases. Whatever else comes is spelled in characters, or in bytes."""
+    items = [item for world in data.WORLDS for groups in world.values() for group in groups for item in group]
     categories = [category for world in data.WORLDS for category in world]
+    short = data.NAMES[:COMMON["promptbench"]["names"]]
     phrases = [*sample.TAGS, "\\boxed", "The number of", " more than", " times", " the sum of", " the difference of",
                " and", ".\n", "How many", " does each", " have?", " = ", " + ", " - ", " * ", "- Let ",
                " be the number of", "- The number of", " is written ", "- Now call the number of", ". Then ", ". So ",
-               ". But", " must be known first, so ", " has to wait.\n", "The final answer is ", REPEAT, SUMS]
+               ". But", " must be known first, so ", " has to wait.\n", "The final answer is ",
+               "The value of ", " is ", " gets its value by ", "adding together the value of ", " from the value of ",
+               "subtracting the value of ", "multiplying together the value of ", "squaring the value that ", " has",
+               "What is the value of ", "Let's solve ", ", given that ", ", but ",
+               "quote", "lack", "know", "next", "tree", "let", " be ", " made of", " nothing", " given"]
     phrases.sort(key=len, reverse=True)
     starts = [" equals", " equals ", ". It equals", ". It equals "]  # with the space where a number follows
+    between = [", ", " and "]  # with the space where a PromptBench name follows
     special = ["<pad>", "<end>", "<user>", "<model>"]
     characters = [chr(i) for i in range(32, 127)] + ["\n"]
-    words = phrases + starts + [f" each {name}'s" for name in names] + [f" {name}" for name in names + categories]
+    words = [*phrases, *starts, *between, *(f" each {name}'s" for name in items),
+             *(f" {name}" for name in items + categories), *short]
     vocabulary = dict.fromkeys(special + characters + [f"<0x{i:02X}>" for i in range(256)] + words)
     tokenizer = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(vocabulary)}, merges=[],
                                      ignore_merges=True, byte_fallback=True))
-    name = "[A-Z][a-z]+(?: [A-Z][a-z]+)*"
-    pieces = rf"(?:\. It)? equals(?! [0-9])|(?:\. It)? equals |{'|'.join(map(re.escape, phrases))}| each {name}'s| {name}|\n|."
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pieces), "isolated")
+    name, alone = "[A-Z][a-z]+(?: [A-Z][a-z]+)*", "(?<![A-Za-z])a[a-h]{2}(?![A-Za-z])"
+    pieces = [r"(?:\. It)? equals(?! [0-9])|(?:\. It)? equals ", f"(?:,| and) (?={alone})", *map(re.escape, phrases),
+              f" each {name}'s", f" {name}", alone, r"\n", "."]
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("|".join(pieces)), "isolated")
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>",
                                       additional_special_tokens=["<user>", "<model>"])
@@ -392,142 +411,275 @@ def tiny_policy(width, layers, heads, seed):
     """A Qwen2-shaped model with random weights and the tokenizer above."""
     torch.manual_seed(seed)
     tokenizer = tiny_tokenizer()
-    config = Qwen2Config(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
-                         num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=2048,
-                         tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
-                         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    config = Qwen2Config(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=3 * width,
+                         num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads,
+                         max_position_embeddings=2048, tie_word_embeddings=True,
+                         rope_parameters={"rope_type": "default", "rope_theta": 10_000.0}, bos_token_id=None,
+                         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     return sample.Policy(Qwen2ForCausalLM(config), tokenizer, sample.default_device())
 
 
-def draw_sum(rng):
-    """A line of arithmetic, "7 + 24 = 31.", of the shapes that the premises produce."""
-    small, number = (lambda: rng.randint(0, 9)), (lambda: rng.randint(-30, 99) if rng.random() < 0.15 else rng.randint(0, 40))
-    shape = rng.random()
-    if shape < 0.25:
-        formula = (small(), "*", rng.randint(0, 30))
-    elif shape < 0.35:
-        formula = (small(), "*", "(", number(), rng.choice("+-"), number(), ")")
-    elif shape < 0.42:
-        formula = (small(), "*", small(), "+", small(), "*", small())
-    else:
-        formula = (rng.choice((small, number))(),)
-        for symbol in ("-",) if shape < 0.6 else "+" * rng.choice((1, 1, 1, 2, 3)):
-            formula += (symbol, number())
-    return f"{data.show(formula)} = {data.evaluate(formula)}."
+@torch.no_grad()
+def take_over(policy, other):
+    """Start from another base: all of its weights but the embeddings, and of those the tokens that both know.
+
+    Looking things up is what a base from scratch learns last (more than 6 M tokens on a plateau); a body that can do it
+    learns the rest, for the other task too, in a fraction of that."""
+    theirs, vocabulary = other.model.state_dict(), other.tokenizer.get_vocab()
+    for name, ours in policy.model.state_dict().items():
+        source = theirs.get(name)
+        if source is None or (source.shape != ours.shape and "embed" not in name and "lm_head" not in name):
+            raise data.InputError("--start: its layers have other shapes; give the same --width, --layers and --heads")
+        if "embed" in name:
+            shared = [(row, vocabulary[token]) for token, row in policy.tokenizer.get_vocab().items() if token in vocabulary]
+            rows, their_rows = map(list, zip(*shared))
+            ours[rows] = source[their_rows].to(ours.dtype)
+        elif "lm_head" not in name:  # the head is the embedding
+            ours.copy_(source)
 
 
-def pretraining_text(rng, progress, ops, max_value):
-    """One (question, response) of what the base model reads, from short to long as `progress` goes from 0 to 1.
+# --- what it reads: a text is a question's last line and a response in pieces (words, skill), skill "" where nobody could know
+def copy_text(rng, problem):
+    """Every premise, in another order."""
+    pieces = []
+    for node in rng.sample(described := [n for n in problem.nodes.values() if n.text], len(described)):
+        line = data.TASKS[problem.task].premise.format(name=node.name, text=node.text)
+        before, name, after = line.partition(node.name)
+        pieces += [(before + name, ""), (f"{after}\n", "copy")]
+    return "Copy.", pieces
 
-    Plain answers to easy problems; premises repeated in another order, which is pure retrieval and the skill that
-    takes longest to learn; and sums. None of the injected behaviors occurs."""
-    kind, grown = rng.random(), min(1.0, 2 * progress)
-    retrieval = 0.9 if progress < 0.12 else 0.45  # retrieval first: everything else rests on it
-    if kind < 0.1:
-        return SUMS, "\n".join(["<think>", *(draw_sum(rng) for _ in range(12))])
-    if kind < retrieval:
-        wanted = rng.randint(2, 4 + round(10 * grown))
-        options = dict(ops=(1, wanted), size=(wanted, wanted), max_answer=10**9)
-    else:
-        options = dict(ops=(ops[0], ops[0] + round((ops[1] - ops[0]) * grown)), max_value=max_value)
+
+def quote_text(rng, problem):
+    """Any quantity by its name: its premise, or what an implied one is made of."""
+    pieces = []
+    for node in rng.sample(list(problem.nodes.values()), len(problem.nodes)):
+        text = node.text.partition(node.name)[2] or f" {node.text or 'made of ' + data.listed(node.parents)}"
+        pieces += [(f"quote {node.name}:", ""), (f"{text}\n", "quote")]
+    return "Quote.", pieces
+
+
+def missing_text(rng, problem):
+    """Quantities become known in any order; in between, which parents does another one lack?"""
+    pieces, known = [], set()
+    inner = [node for node in problem.nodes.values() if node.parents]
+    for name in rng.sample(list(problem.nodes), len(problem.nodes)):
+        if inner:
+            node = rng.choice(inner)
+            lacking = data.listed([p for p in node.parents if p not in known])
+            pieces += [(f"lack {node.name}:", ""), (f" {lacking or 'nothing'}\n", "missing")]
+        pieces.append((f"know {name}\n", ""))
+        known.add(name)
+    return "Missing.", pieces
+
+
+def order_text(rng, problem):
+    """The needed quantities, each after its parents, in one of the orders that do."""
+    waiting, solved, pieces = data.needed_nodes(problem.nodes, problem.target), set(), []
+    while waiting:
+        name = rng.choice([q for q in waiting if solved.issuperset(problem.nodes[q].parents)])
+        pieces.append((f"next {name}\n", "" if len(waiting) > 1 else "order"))  # the last one is the target
+        waiting.remove(name)
+        solved.add(name)
+    return f"Order: {problem.target}", pieces
+
+
+def tree_text(rng, problem):
+    """From the target backwards: what each quantity rests on."""
+    queue, pieces = [problem.target], []
+    for name in queue:  # it grows on the way
+        parents = problem.nodes[name].parents
+        pieces.append((f"tree {name}: {data.listed(parents) or 'given'}\n", "tree"))
+        queue += [p for p in parents if p not in queue]
+    return f"Tree: {problem.target}", pieces
+
+
+def letters_text(rng, problem):
+    """Names become letters and numbers: formulas in both, with values that nobody computes."""
+    pieces, letters, values = [], {}, {}
+    for name in data.needed_nodes(problem.nodes, *rng.sample(list(problem.nodes), len(problem.nodes))):
+        formula, letters[name] = problem.nodes[name].formula, data.LETTERS[len(letters)]
+        if problem.task != "igsm":  # there names are letters
+            letters[name] = name
+        pieces += [(f"let {name}", ""), (f" be {letters[name]}", "letters")]
+        if problem.nodes[name].parents:
+            pieces.append((": " + data.show(letters.get(t, t) for t in formula), "letters"))
+            pieces.append((": " + data.show(values.get(t, t) for t in formula), "letters"))
+        values[name] = rng.randint(-20, 99) if rng.random() < 0.2 else rng.randint(0, 40)
+        pieces.append((f": {values[name]}\n", ""))
+    return "Letters.", pieces
+
+
+def sums_text(rng, problem=None):
+    """Arithmetic, one operation at a time, in the range of the problems."""
+    pieces = []
+    while len(pieces) < 24:
+        number = lambda: rng.randint(0, 9) if rng.random() < 0.4 else rng.randint(-30, 99) if rng.random() < 0.2 else rng.randint(0, 60)
+        formula = (number(), rng.choice("+++---**"), number())
+        if abs(data.evaluate(formula)) < 130:
+            pieces += [(f"{data.show(formula)} =", ""), (f" {data.evaluate(formula)}.\n", "sums")]
+    return "Sums.", pieces
+
+
+SKILLS = {"copy": (copy_text, 1), "quote": (quote_text, 3), "missing": (missing_text, 3), "order": (order_text, 2),
+          "tree": (tree_text, 2), "letters": (letters_text, 3), "sums": (sums_text, 2)}  # and how often each is read
+
+
+def draw_text(rng, progress, args):
+    """One text as (prompt's question, pieces), by how far the training is: `progress` goes from 0 to 1."""
+    easy_to_hard = CURRICULUM[args.task]
+    kind = "skill" if progress < args.skills else rng.choices(list(SHARES), list(SHARES.values()))[0]
+    known = easy_to_hard[:2 + round(min(1.0, 2 * progress) * (len(easy_to_hard) - 2))]
     problem = ""
     while isinstance(problem, str) or data.split_of(problem.question) != "train":
-        problem = data.draw_problem(rng, **options)
-    if kind >= retrieval:
-        return problem.question, problem.response
-    premises = problem.question.split("\n")[:-1]
-    return "\n".join(premises + [REPEAT]), "\n".join(["<think>", *rng.sample(premises, len(premises))])
+        problem = data.TASKS[args.task].draw(rng, **rng.choice(known), **COMMON[args.task])
+    if kind == "skill":
+        return skill_text(rng, rng.choices(list(SKILLS), [often for _, often in SKILLS.values()])[0], problem)
+    response = problem.response
+    if kind == "injected":  # all behaviors together, now and then one alone
+        behaviors = inject.BEHAVIORS if rng.random() < 0.7 else [rng.choice(inject.BEHAVIORS)]
+        response = inject.inject(problem, response, behaviors, rng.choice(INJECTED_P), rng)
+    return problem.question, [(response.removeprefix("<think>"), "")]
 
 
-def token_kinds(texts):
-    """What each token of a response is for: copied (a premise repeated), named (the next node), premise (letters and
-    constants of an equation), numbers (put in for the letters), value (the result), or "" for the rest."""
-    kinds, position = [], None
-    for text in texts:
-        if " equals" in text:
-            position = "copied"
-        elif text in ("- Let ", "- The number of", "- Now call the number of"):
-            position = 0  # sides of the equation seen so far
-        elif text == " = ":
-            position = (position if isinstance(position, int) else 0) + 1
-        part = "" if len(text) > 1 and position != "copied" else \
-            {"copied": "copied", 1: "premise", None: "", 0: ""}.get(position, "numbers")
-        kinds.append("named" if position == 0 and re.match(" each| [A-Z]", text) else part)
-        if text.endswith("\n") or text in (".", ".\n"):
-            back = len(kinds) - 1  # the last side is the value
-            while isinstance(position, int) and position > 0 and texts[back] != " = ":
-                kinds[back] = "value" if kinds[back] else ""
-                back -= 1
-            position = None
-    return kinds
+def skill_text(rng, skill, problem):
+    asked, pieces = SKILLS[skill][0](rng, problem)
+    premises = [] if skill == "sums" else problem.question.split("\n")[:-1]
+    return "\n".join([*premises, asked]), [("\n", ""), *pieces]
+
+
+def encode_text(tokenizer, text):
+    """(question, pieces) -> (prompt tokens, response tokens, the skill of each response token)."""
+    question, pieces = text
+    response = "".join(words for words, _ in pieces)
+    skill_at = [skill for words, skill in pieces for _ in words]
+    encoded = tokenizer(response, add_special_tokens=False, return_offsets_mapping=True)
+    return (sample.encode_prompt(tokenizer, question), encoded.input_ids + [tokenizer.eos_token_id],
+            [skill_at[start] for start, _ in encoded.offset_mapping] + [""])
 
 
 @torch.no_grad()
-def probe(policy, examples):
-    """Teacher-forced accuracy of the next token by what the token is for: {kind: share right}."""
-    inputs, targets = collate(examples, policy.device, 0)
-    guesses = policy.model(input_ids=inputs).logits.argmax(-1)
-    right, total = {}, {}
-    for row, (_, response) in enumerate(examples):
-        hits = (guesses == targets)[row][targets[row] != sample.IGNORE].tolist()
-        for kind, hit in zip(token_kinds([policy.tokenizer.decode([t]) for t in response]), hits):
-            right[kind] = right.get(kind, 0) + hit
-            total[kind] = total.get(kind, 0) + 1
-    return {kind: right[kind] / total[kind] for kind in ("copied", "named", "premise", "numbers", "value")}
+def probe(policy, texts):
+    """Teacher-forced: of each skill's predictable tokens, the share that the policy gets right."""
+    right, total = dict.fromkeys(SKILLS, 0), dict.fromkeys(SKILLS, 0)
+    for group in micro_batches([len(p) + len(r) for p, r, _ in texts], 4096):
+        inputs, targets = collate([texts[row][:2] for row in group], policy.device, policy.tokenizer.pad_token_id)
+        hits = policy.model(input_ids=inputs).logits.argmax(-1) == targets
+        for row, hit, target in zip(group, hits, targets):
+            for skill, good in zip(texts[row][2], hit[target != sample.IGNORE].tolist()):
+                if skill:
+                    right[skill] += good
+                    total[skill] += 1
+    return {skill: right[skill] / max(1, total[skill]) for skill in SKILLS}
 
 
-def pretrain(policy, args, ops, max_value):
-    """Train a tiny base model from random weights on `args.tokens` tokens, short texts first.
+def rollout_accuracy(policy, problems, seed):
+    """The share of problems that one rollout at temperature 1 answers rightly."""
+    prompts = [sample.encode_prompt(policy.tokenizer, p.question) for p in problems]
+    rollouts = [r for r, in sample.generate(policy, prompts, 1, 400, seed=seed)]
+    return sum(data.reward(sample.decode(policy.tokenizer, r.tokens), p.answer) for r, p in zip(rollouts, problems)) / len(problems)
 
-    Muon (orthogonalised momentum) on the matrices, AdamW on embeddings, norms and biases; small batches; bf16 autocast.
-    What is learned last is retrieval: "each X's Y" is a key of two names, and matching either one alone is right almost
-    half of the time. The probe below shows when a model gets past that (results/tiny/README.md has the numbers)."""
-    model, device = policy.model.train(), policy.device
-    model.set_attn_implementation("eager")  # on a CPU with short sequences faster than the fused attention's backward pass
-    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
-    others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
-    optimizers = [torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-                  torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)]
-    rng, held_out, encode = Random(args.seed), Random(f"held out {args.seed}"), lambda pair: (
-        sample.encode_prompt(policy.tokenizer, pair[0]), sample.encode_response(policy.tokenizer, pair[1]))
-    draw = lambda source, progress: encode(pretraining_text(source, progress, ops, max_value))
-    examples = [draw(held_out, 1.0) for _ in range(128)]
-    log = Log(args.out.removesuffix(".pt") + ".csv",
-              ["step", "tokens", "loss", "tokens_per_s", "lr", "copied", "named", "premise", "numbers", "value"])
-    bar = tqdm(total=args.tokens, desc="pretraining", unit="token", unit_scale=True, mininterval=10)
-    seen, step, queue, losses, start, mark = 0, 0, [], [], time.time(), 0
-    while seen < args.tokens:
-        if not queue:  # batches of similar length from a pool of 256 texts
-            pool = [draw(rng, seen / args.tokens) for _ in range(256)]
-            queue = [[pool[row] for row in group] for group in micro_batches([len(p) + len(r) for p, r in pool], args.micro_tokens)]
-            rng.shuffle(queue)
-        batch = queue.pop()
-        inputs, targets = collate(batch, device, policy.tokenizer.pad_token_id)
-        with torch.autocast(device.type, torch.bfloat16):
-            hidden = model.model(input_ids=inputs, use_cache=False).last_hidden_state
-            kept = targets != sample.IGNORE
-            loss = torch.nn.functional.cross_entropy(model.lm_head(hidden[kept]).float(), targets[kept])
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        lr = args.lr * min(1.0, (step + 1) / 50, max(0.02, (1 - seen / args.tokens) / 0.3))  # warm up, hold, decay
-        for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = lr
-            optimizer.step()
-            optimizer.zero_grad()
-        step, tokens = step + 1, sum(len(p) + len(r) for p, r in batch)
-        seen += tokens
-        losses.append(loss.item())
-        bar.update(tokens)
-        if step % 200 == 0 or seen >= args.tokens:
-            model.eval()
-            accuracy = probe(policy, examples)
-            model.train()
-            mean, speed = sum(losses) / len(losses), (seen - mark) / (time.time() - start)
-            log.row(step=step, tokens=seen, loss=mean, tokens_per_s=speed, lr=lr, **accuracy)
-            tqdm.write(f"{seen / 1e6:.2f}M tokens, loss {mean:.3f}, " + ", ".join(f"{k} {v:.2f}" for k, v in accuracy.items()))
-            sample.save_policy(args.out, policy, dict(command=args.command, step=step, tokens=seen, **accuracy), dtype=torch.bfloat16)
-            losses, start, mark = [], time.time(), seen
-    model.eval()
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose singular values are all set to about 1 (Jordan et al. 2024), scaled to the size of an AdamW update.
+
+    PyTorch's own does the same in bf16, which a CPU without bf16 products multiplies 20 times slower than fp32."""
+
+    def __init__(self, params, lr, momentum=0.95, weight_decay=0.01):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                average = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                average.lerp_(p.grad, 1 - group["momentum"])
+                update = orthogonal(p.grad.lerp(average, group["momentum"]))  # Nesterov's look ahead
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update, alpha=-group["lr"] * 0.2 * max(p.shape) ** 0.5)
+
+
+def orthogonal(x, steps=5):
+    """x (m, n) with its singular values moved close to 1 by Newton-Schulz iterations of an odd polynomial."""
+    wide = x if x.shape[0] <= x.shape[1] else x.T
+    wide = wide / wide.norm().clamp(min=1e-7)
+    for _ in range(steps):
+        square = wide @ wide.T
+        wide = 3.4445 * wide + (-4.7750 * square + 2.0315 * square @ square) @ wide
+    return wide if x.shape[0] <= x.shape[1] else wide.T
+
+
+class MuonAdamW:
+    """Muon on the matrices, AdamW on embeddings, norms and biases."""
+
+    def __init__(self, model, lr):
+        named = list(model.named_parameters())
+        matrices = [p for name, p in named if p.ndim == 2 and "embed" not in name]
+        others = [p for name, p in named if p.ndim != 2 or "embed" in name]
+        self.params, self.lr = [p for _, p in named], lr
+        self.parts = [Muon(matrices, lr), torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)]
+
+    def step(self, factor):
+        torch.nn.utils.clip_grad_norm_(self.params, 1.0)
+        for part in self.parts:
+            part.param_groups[0]["lr"] = self.lr * factor
+            part.step()
+            part.zero_grad()
+
+    def state(self):
+        return {"parts": [part.state_dict() for part in self.parts], "params": [p.detach() for p in self.params]}
+
+    @torch.no_grad()
+    def load_state(self, state):
+        for part, saved in zip(self.parts, state["parts"]):
+            part.load_state_dict(saved)
+        for param, saved in zip(self.params, state["params"]):
+            param.copy_(saved)
+
+
+def pretrain(policy, args, run):
+    """Train a tiny base model on `args.tokens` tokens: skills first, short problems before long ones, then answers.
+
+    Texts come in pools of 256, each drawn from a generator of its own number, so that a run can be killed and go on;
+    small batches of similar length; bf16 autocast; the learning rate falls over the last 30%, which is worth most."""
+    model, device, encode = policy.model, policy.device, functools.partial(encode_text, policy.tokenizer)
+    # on a CPU without bf16 products it would take 20 times as long as fp32
+    fast_bf16 = device.type == "cuda" or (device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    optimizer, pool, seen, step = MuonAdamW(model, args.lr), run.state["step"], run.state.get("seen", 0), run.state.get("updates", 0)
+    if pool:
+        optimizer.load_state(run.state["optimizer"])
+    held_out, hardest = Random(f"held out {args.seed}"), CURRICULUM[args.task][2] | COMMON[args.task]
+    problems = list(itertools.islice(data.generate(args.task, seed=args.seed, split="val", **{"ops": None} | hardest), 100))
+    probes = [encode(skill_text(held_out, skill, problem)) for problem in problems[:24] for skill in SKILLS]
+    log = Log(args.out.removesuffix(".pt") + ".csv", ["step", "tokens", "loss", "tokens_per_s", "lr", *SKILLS, "right"],
+              keep=run.state.get("rows", 0))
+    bar = tqdm(total=args.tokens, initial=seen, desc="pretraining", unit="token", unit_scale=True, mininterval=10)
+    rows = run.state.get("rows", 0)
+    with run:
+        while seen < args.tokens:
+            rng, losses, start, before = Random(f"{args.seed} {pool}"), [], time.time(), seen
+            texts = [encode(draw_text(rng, seen / args.tokens, args))[:2] for _ in range(256)]
+            batches = micro_batches([len(p) + len(r) for p, r in texts], args.micro_tokens)
+            for group in rng.sample(batches, len(batches)):
+                inputs, targets = collate([texts[row] for row in group], device, policy.tokenizer.pad_token_id)
+                with torch.autocast(device.type, torch.bfloat16, enabled=fast_bf16):
+                    hidden = model.model(input_ids=inputs, use_cache=False).last_hidden_state
+                    kept = targets != sample.IGNORE
+                    loss = torch.nn.functional.cross_entropy(model.lm_head(hidden[kept]).float(), targets[kept])
+                loss.backward()
+                factor = min(1.0, (step + 1) / 50, max(0.02, (1 - seen / args.tokens) / 0.3))  # warm up, hold, decay
+                optimizer.step(factor)
+                step, seen = step + 1, seen + sum(len(texts[row][0]) + len(texts[row][1]) for row in group)
+                losses.append(loss.item())
+            pool += 1
+            bar.update(seen - before)
+            if pool % args.save_every == 0 or seen >= args.tokens:
+                speed, rows = (seen - before) / (time.time() - start), rows + 1
+                shares = probe(policy, probes) | {"right": rollout_accuracy(policy, problems, seed=pool)}
+                log.row(step=step, tokens=seen, loss=sum(losses) / len(losses), tokens_per_s=speed, lr=args.lr * factor, **shares)
+                tqdm.write(f"{seen / 1e6:.2f}M tokens, loss {losses[-1]:.3f}, " + ", ".join(f"{k} {v:.2f}" for k, v in shares.items()))
+                sample.save_policy(args.out, policy, dict(vars(args), updates=step, seen=seen, **shares), dtype=torch.bfloat16)
+            last = pool if seen >= args.tokens else pool + 1
+            run.end_of_step(pool, last, args.save_every, optimizer, seen=seen, updates=step, rows=rows)
 
 
 def main():
@@ -553,7 +705,9 @@ def main():
     add("--save-every", type=int, default=25, help="steps between saved states")
     add("--export", metavar="FOLDER", help="also write a Hugging Face folder")
     scratch = parser.add_argument_group("pretraining (--model scratch)")
-    scratch.add_argument("--tokens", type=float, default=24e6)
+    scratch.add_argument("--tokens", type=float, default=32e6)
+    scratch.add_argument("--skills", type=data.share, default=0.3, help="share of the tokens, at the start, that are skills alone")
+    scratch.add_argument("--start", help="another base whose body to start from")
     scratch.add_argument("--width", type=int, default=128)
     scratch.add_argument("--layers", type=int, default=6)
     scratch.add_argument("--heads", type=int, default=2)
@@ -571,20 +725,22 @@ def main():
     if args.method in ("vanilla", "pp-aug", "rc-aug"):
         refuse(args, parser, ("behaviors", "p"), f"with --method {args.method}")
     if args.model == "scratch":
-        refuse(args, parser, ("data", "method", "behaviors", "p", "n", "batch", "epochs", "gradient_checkpointing", "resume", "export"),
-               "with --model scratch")
+        refuse(args, parser, ("data", "ops", "size", "depth", "redundancy", "names", "tidy", "max_value", "method", "behaviors", "p", "n",
+                              "batch", "epochs", "gradient_checkpointing", "export"), "with --model scratch")
     else:
-        refuse(args, parser, ("tokens", "width", "layers", "heads"), "without --model scratch")
+        refuse(args, parser, ("tokens", "skills", "start", "width", "layers", "heads"), "without --model scratch")
     args.command = " ".join(["python", "sft.py", *sys.argv[1:]])
     if args.model == "scratch":
-        if args.task != "igsm":
-            raise data.InputError("--task: the tiny base model is pretrained on igsm only")
         if args.width % (2 * args.heads):
             raise data.InputError("--width must be divisible by twice --heads")
-        args.lr = args.lr or 2e-3
+        args.lr = args.lr or 1e-3
+        run = Run(args.out, args.resume)
         policy = tiny_policy(args.width, args.layers, args.heads, args.seed)
-        set_aside(args.out)
-        pretrain(policy, args, options["ops"], options["max_value"])
+        if args.start:
+            take_over(policy, sample.load_policy(args.start))
+        run.begin(args, policy.model)
+        pretrain(policy, args, run)
+        run.finish()
         return
     run = Run(args.out, args.resume)
     policy = sample.load_policy(start)
