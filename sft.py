@@ -16,7 +16,8 @@ Where we depart from the paper:
 2. the loss is averaged over the tokens of the whole batch, so it does not depend on how the batch is cut into micro-batches;
 3. `--model scratch` has no counterpart in the paper, which starts from pretrained models.
 """
-import argparse, csv, functools, glob, itertools, json, os, re, signal, sys, time, zlib
+import argparse, csv, glob, itertools, json, os, re, signal, sys, time, zlib
+from collections import Counter
 from random import Random
 
 import torch
@@ -355,12 +356,25 @@ def train(policy, examples, args, run, log):
 
 
 # ---------------------------------------------------------------------------- a tiny base model from scratch
-# A real base model has read answers of every style before anyone fine-tunes it. Ours has to, too: a base that has read
-# only plain answers makes injected ones a competence to be learned from 2,000 examples, and RL deletes what is half
-# learned (results/tiny/regimes.md). So it reads (1) skills without answers, in a wording that no answer uses, then
-# (2) 25% skills and plain and injected answers in equal parts, so that SFT chooses a style and not a competence.
+# A real base model has read answers of every style before anyone fine-tunes it. Ours has to, too: for a base
+# that has read only plain answers, injected ones are a competence to be learned from 2,000 examples, and RL
+# deletes what is half learned (results/tiny/regimes.md). So it reads (1) skills without answers, in a wording
+# that no answer uses, then (2) a quarter skills and the rest plain and injected answers in equal parts: SFT
+# then chooses a style and not a competence. Skip this section at first; nothing after it needs it.
 SHARES = {"skill": 0.25, "plain": 0.375, "injected": 0.375}  # of the texts after the first stage
 INJECTED_P = (0.1, 0.2, 0.3, 0.5)
+# What is one token, besides names, digits and letters: the tags, the answers' wording, PromptBench's, the
+# skills'.
+PHRASES = [
+    *sample.TAGS, "\\boxed", "The number of", " more than", " times", " the sum of", " the difference of", " and", ".\n",
+    "How many", " does each", " have?", " = ", " + ", " - ", " * ", "- Let ", " be the number of", "- The number of",
+    " is written ", "- Now call the number of", ". Then ", ". So ", ". But", " must be known first, so ",
+    " has to wait.\n", "The final answer is ",
+    "The value of ", " is ", " gets its value by ", "adding together the value of ", "subtracting the value of ",
+    " from the value of ", "multiplying together the value of ", "squaring the value that ", " has",
+    "What is the value of ", "Let's solve ", ", given that ", ", but ",
+    "quote", "lack", "know", "next", "tree", "let", " be ", " made of", " nothing", " given"]
+EXAM_EVERY = 10  # pools of 256 texts between two rows of the log
 # What the problems look like, from easy to hard; the harder ones join in during the first half.
 CURRICULUM = {"igsm": [dict(ops=(1, 3)), dict(ops=(3, 5), size=(3, 4)), dict(ops=(6, 8), size=(4, 5)),
                        dict(ops=(8, 10), size=(5, 6))],
@@ -372,38 +386,31 @@ COMMON = {"igsm": dict(max_value=100, tidy=True), "promptbench": dict(max_value=
 def tiny_tokenizer():
     """A word-level tokenizer for our problems: about 1,100 tokens, 140 for an iGSM problem with 4 operations.
 
-    An item's name is one token, "each <item>'s" is another, so is a PromptBench name, digits and letters are single
-    tokens, and so are the tags and the fixed phrases. Whatever else comes is spelled in characters, or in bytes."""
+    An item's name is one token, "each <item>'s" is another, so is a PromptBench name; digits and letters are
+    single tokens, and so are the tags and the fixed phrases. Whatever else comes is spelled in characters, or
+    in bytes."""
     items = [item for world in data.WORLDS for groups in world.values() for group in groups for item in group]
     categories = [category for world in data.WORLDS for category in world]
-    short = data.NAMES[:COMMON["promptbench"]["names"]]
-    phrases = [*sample.TAGS, "\\boxed", "The number of", " more than", " times", " the sum of", " the difference of",
-               " and", ".\n", "How many", " does each", " have?", " = ", " + ", " - ", " * ", "- Let ",
-               " be the number of", "- The number of", " is written ", "- Now call the number of", ". Then ", ". So ",
-               ". But", " must be known first, so ", " has to wait.\n", "The final answer is ",
-               "The value of ", " is ", " gets its value by ", "adding together the value of ", " from the value of ",
-               "subtracting the value of ", "multiplying together the value of ", "squaring the value that ", " has",
-               "What is the value of ", "Let's solve ", ", given that ", ", but ",
-               "quote", "lack", "know", "next", "tree", "let", " be ", " made of", " nothing", " given"]
-    phrases.sort(key=len, reverse=True)
+    phrases = sorted(PHRASES, key=len, reverse=True)  # the longest one that fits wins
     starts = [" equals", " equals ", ". It equals", ". It equals "]  # with the space where a number follows
-    between = [", ", " and "]  # with the space where a PromptBench name follows
+    joints = [", ", " and "]  # with the space where a PromptBench name follows
+    words = [*phrases, *starts, *joints, *(f" each {item}'s" for item in items),
+             *(f" {name}" for name in items + categories), *data.NAMES[:COMMON["promptbench"]["names"]]]
     special = ["<pad>", "<end>", "<user>", "<model>"]
     characters = [chr(i) for i in range(32, 127)] + ["\n"]
-    words = [*phrases, *starts, *between, *(f" each {name}'s" for name in items),
-             *(f" {name}" for name in items + categories), *short]
     vocabulary = dict.fromkeys(special + characters + [f"<0x{i:02X}>" for i in range(256)] + words)
     tokenizer = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(vocabulary)}, merges=[],
                                      ignore_merges=True, byte_fallback=True))
-    name, alone = "[A-Z][a-z]+(?: [A-Z][a-z]+)*", "(?<![A-Za-z])a[a-h]{2}(?![A-Za-z])"
-    pieces = [r"(?:\. It)? equals(?! [0-9])|(?:\. It)? equals ", f"(?:,| and) (?={alone})", *map(re.escape, phrases),
-              f" each {name}'s", f" {name}", alone, r"\n", "."]
+    name, short = "[A-Z][a-z]+(?: [A-Z][a-z]+)*", "(?<![A-Za-z])a[a-h]{2}(?![A-Za-z])"
+    pieces = [r"(?:\. It)? equals(?! [0-9])|(?:\. It)? equals ", f"(?:,| and) (?={short})",
+              *map(re.escape, phrases), f" each {name}'s", f" {name}", short, r"\n", "."]
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("|".join(pieces)), "isolated")
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>",
                                       additional_special_tokens=["<user>", "<model>"])
+    # the system message is left out: it would only cost tokens
     wrapped.chat_template = ("{% for m in messages if m.role == 'user' %}<user>{{ m.content }}{% endfor %}"
-                             "{% if add_generation_prompt %}<model>{% endif %}")  # the system message would only cost tokens
+                             "{% if add_generation_prompt %}<model>{% endif %}")
     return wrapped
 
 
@@ -421,28 +428,32 @@ def tiny_policy(width, layers, heads, seed):
 
 @torch.no_grad()
 def take_over(policy, other):
-    """Start from another base: all of its weights but the embeddings, and of those the tokens that both know.
+    """Start from another base: its layers, and the embeddings of the tokens that both know. Raises
+    InputError.
 
-    Looking things up is what a base from scratch learns last (more than 6 M tokens on a plateau); a body that can do it
-    learns the rest, for the other task too, in a fraction of that."""
-    theirs, vocabulary = other.model.state_dict(), other.tokenizer.get_vocab()
-    for name, ours in policy.model.state_dict().items():
-        source = theirs.get(name)
-        if source is None or (source.shape != ours.shape and "embed" not in name and "lm_head" not in name):
-            raise data.InputError("--start: its layers have other shapes; give the same --width, --layers and --heads")
-        if "embed" in name:
-            shared = [(row, vocabulary[token]) for token, row in policy.tokenizer.get_vocab().items() if token in vocabulary]
-            rows, their_rows = map(list, zip(*shared))
-            ours[rows] = source[their_rows].to(ours.dtype)
-        elif "lm_head" not in name:  # the head is the embedding
-            ours.copy_(source)
+    Looking things up is what a base from scratch learns last (more than 6 M tokens on a plateau); layers that
+    can do it learn the rest, for the other task too, in a fraction of that."""
+    shape = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    if any(getattr(other.model.config, name, None) != getattr(policy.model.config, name) for name in shape):
+        raise data.InputError("--start: a model of another shape; give a tiny base, its --width, --layers, --heads")
+    theirs, ours = other.model.state_dict(), policy.model.state_dict()
+    embedding = ours.pop("model.embed_tokens.weight")  # (V, H)
+    ours.pop("lm_head.weight")  # is the embedding
+    for name, tensor in ours.items():
+        tensor.copy_(theirs[name])
+    their_rows = other.tokenizer.get_vocab()
+    for token, row in policy.tokenizer.get_vocab().items():
+        if token in their_rows:
+            embedding[row] = theirs["model.embed_tokens.weight"][their_rows[token]]
 
 
-# --- what it reads: a text is a question's last line and a response in pieces (words, skill), skill "" where nobody could know
+# --- what it reads. A skill's text: what stands in place of the question, and the response in pieces (words,
+# skill), where the skill is "" for words that nobody could predict, such as which quantity comes next.
 def copy_text(rng, problem):
     """Every premise, in another order."""
+    described = [node for node in problem.nodes.values() if node.text]
     pieces = []
-    for node in rng.sample(described := [n for n in problem.nodes.values() if n.text], len(described)):
+    for node in rng.sample(described, len(described)):
         line = data.TASKS[problem.task].premise.format(name=node.name, text=node.text)
         before, name, after = line.partition(node.name)
         pieces += [(before + name, ""), (f"{after}\n", "copy")]
@@ -450,16 +461,17 @@ def copy_text(rng, problem):
 
 
 def quote_text(rng, problem):
-    """Any quantity by its name: its premise, or what an implied one is made of."""
+    """What a quantity's premise says, or what an implied one is made of."""
     pieces = []
     for node in rng.sample(list(problem.nodes.values()), len(problem.nodes)):
-        text = node.text.partition(node.name)[2] or f" {node.text or 'made of ' + data.listed(node.parents)}"
+        made_of = f" made of {data.listed(node.parents)}"
+        text = node.text.partition(node.name)[2] or (f" {node.text}" if node.text else made_of)
         pieces += [(f"quote {node.name}:", ""), (f"{text}\n", "quote")]
     return "Quote.", pieces
 
 
 def missing_text(rng, problem):
-    """Quantities become known in any order; in between, which parents does another one lack?"""
+    """Quantities become known in any order; which of its parents does another one lack by now?"""
     pieces, known = [], set()
     inner = [node for node in problem.nodes.values() if node.parents]
     for name in rng.sample(list(problem.nodes), len(problem.nodes)):
@@ -473,11 +485,12 @@ def missing_text(rng, problem):
 
 
 def order_text(rng, problem):
-    """The needed quantities, each after its parents, in one of the orders that do."""
+    """The needed quantities, each after its parents, in one of the orders that do; the target must be
+    last."""
     waiting, solved, pieces = data.needed_nodes(problem.nodes, problem.target), set(), []
     while waiting:
         name = rng.choice([q for q in waiting if solved.issuperset(problem.nodes[q].parents)])
-        pieces.append((f"next {name}\n", "" if len(waiting) > 1 else "order"))  # the last one is the target
+        pieces.append((f"next {name}\n", "" if len(waiting) > 1 else "order"))
         waiting.remove(name)
         solved.add(name)
     return f"Order: {problem.target}", pieces
@@ -494,57 +507,65 @@ def tree_text(rng, problem):
 
 
 def letters_text(rng, problem):
-    """Names become letters and numbers: formulas in both, with values that nobody computes."""
+    """Formulas in letters and in numbers, with values that are drawn and not computed: binding without
+    arithmetic."""
     pieces, letters, values = [], {}, {}
     for name in data.needed_nodes(problem.nodes, *rng.sample(list(problem.nodes), len(problem.nodes))):
-        formula, letters[name] = problem.nodes[name].formula, data.LETTERS[len(letters)]
-        if problem.task != "igsm":  # there names are letters
-            letters[name] = name
+        node = problem.nodes[name]
+        letters[name] = data.LETTERS[len(letters)] if problem.task == "igsm" else name
         pieces += [(f"let {name}", ""), (f" be {letters[name]}", "letters")]
-        if problem.nodes[name].parents:
-            pieces.append((": " + data.show(letters.get(t, t) for t in formula), "letters"))
-            pieces.append((": " + data.show(values.get(t, t) for t in formula), "letters"))
+        if node.parents:
+            for known in (letters, values):
+                pieces.append((f": {data.show(known.get(t, t) for t in node.formula)}", "letters"))
         values[name] = rng.randint(-20, 99) if rng.random() < 0.2 else rng.randint(0, 40)
         pieces.append((f": {values[name]}\n", ""))
     return "Letters.", pieces
 
 
-def sums_text(rng, problem=None):
-    """Arithmetic, one operation at a time, in the range of the problems."""
+def sums_text(rng, problem):
+    """Arithmetic, one operation at a time, in the range of the problems' values."""
+    def operand():
+        if rng.random() < 0.4:
+            return rng.randint(0, 9)
+        return rng.randint(-30, 99) if rng.random() < 0.2 else rng.randint(0, 60)
+
     pieces = []
     while len(pieces) < 24:
-        number = lambda: rng.randint(0, 9) if rng.random() < 0.4 else rng.randint(-30, 99) if rng.random() < 0.2 else rng.randint(0, 60)
-        formula = (number(), rng.choice("+++---**"), number())
-        if abs(data.evaluate(formula)) < 130:
-            pieces += [(f"{data.show(formula)} =", ""), (f" {data.evaluate(formula)}.\n", "sums")]
+        formula = (operand(), rng.choice("+++---**"), operand())
+        value = data.evaluate(formula)
+        if abs(value) < 130:
+            pieces += [(f"{data.show(formula)} = ", ""), (f"{value}.\n", "sums")]
     return "Sums.", pieces
 
 
-SKILLS = {"copy": (copy_text, 1), "quote": (quote_text, 3), "missing": (missing_text, 3), "order": (order_text, 2),
-          "tree": (tree_text, 2), "letters": (letters_text, 3), "sums": (sums_text, 2)}  # and how often each is read
-
-
-def draw_text(rng, progress, args):
-    """One text as (prompt's question, pieces), by how far the training is: `progress` goes from 0 to 1."""
-    easy_to_hard = CURRICULUM[args.task]
-    kind = "skill" if progress < args.skills else rng.choices(list(SHARES), list(SHARES.values()))[0]
-    known = easy_to_hard[:2 + round(min(1.0, 2 * progress) * (len(easy_to_hard) - 2))]
-    problem = ""
-    while isinstance(problem, str) or data.split_of(problem.question) != "train":
-        problem = data.TASKS[args.task].draw(rng, **rng.choice(known), **COMMON[args.task])
-    if kind == "skill":
-        return skill_text(rng, rng.choices(list(SKILLS), [often for _, often in SKILLS.values()])[0], problem)
-    response = problem.response
-    if kind == "injected":  # all behaviors together, now and then one alone
-        behaviors = inject.BEHAVIORS if rng.random() < 0.7 else [rng.choice(inject.BEHAVIORS)]
-        response = inject.inject(problem, response, behaviors, rng.choice(INJECTED_P), rng)
-    return problem.question, [(response.removeprefix("<think>"), "")]
+SKILLS = {"copy": (copy_text, 1), "quote": (quote_text, 3), "missing": (missing_text, 3),  # and how often each
+          "order": (order_text, 2), "tree": (tree_text, 2), "letters": (letters_text, 3), "sums": (sums_text, 2)}
 
 
 def skill_text(rng, skill, problem):
+    """A skill's text on a problem's premises: (question, pieces)."""
     asked, pieces = SKILLS[skill][0](rng, problem)
     premises = [] if skill == "sums" else problem.question.split("\n")[:-1]
     return "\n".join([*premises, asked]), [("\n", ""), *pieces]
+
+
+def draw_text(rng, progress, args):
+    """One text, (question, pieces), by how far the training is: `progress` goes from 0 to 1."""
+    easy_to_hard = CURRICULUM[args.task]
+    known = easy_to_hard[:2 + round(min(1.0, 2 * progress) * (len(easy_to_hard) - 2))]
+    style = "skill" if progress < args.skills else rng.choices(list(SHARES), list(SHARES.values()))[0]
+    problem = ""
+    while isinstance(problem, str) or data.split_of(problem.question) != "train":
+        problem = data.TASKS[args.task].draw(rng, **rng.choice(known), **COMMON[args.task])
+    if style == "skill":
+        skill, = rng.choices(list(SKILLS), [often for _, often in SKILLS.values()])
+        return skill_text(rng, skill, problem)
+    response = problem.response
+    while style == "injected" and response == problem.response:  # until something was injected
+        # all behaviors together, or now and then one alone
+        behaviors = inject.BEHAVIORS if rng.random() < 0.7 else [rng.choice(inject.BEHAVIORS)]
+        response = inject.inject(problem, problem.response, behaviors, rng.choice(INJECTED_P), rng)
+    return problem.question, [(response.removeprefix("<think>"), "")]
 
 
 def encode_text(tokenizer, text):
@@ -557,32 +578,49 @@ def encode_text(tokenizer, text):
             [skill_at[start] for start, _ in encoded.offset_mapping] + [""])
 
 
-@torch.no_grad()
-def probe(policy, texts):
-    """Teacher-forced: of each skill's predictable tokens, the share that the policy gets right."""
-    right, total = dict.fromkeys(SKILLS, 0), dict.fromkeys(SKILLS, 0)
-    for group in micro_batches([len(p) + len(r) for p, r, _ in texts], 4096):
-        inputs, targets = collate([texts[row][:2] for row in group], policy.device, policy.tokenizer.pad_token_id)
-        hits = policy.model(input_ids=inputs).logits.argmax(-1) == targets
-        for row, hit, target in zip(group, hits, targets):
-            for skill, good in zip(texts[row][2], hit[target != sample.IGNORE].tolist()):
-                if skill:
-                    right[skill] += good
-                    total[skill] += 1
-    return {skill: right[skill] / max(1, total[skill]) for skill in SKILLS}
+class Exam:
+    """What the log says of a base: of each skill's predictable tokens, the share that it gets right,
+    teacher-forced, on validation problems; and the share of these that one rollout at temperature 1 answers
+    rightly."""
 
+    def __init__(self, policy, args):
+        rng, options = Random(f"held out {args.seed}"), CURRICULUM[args.task][2] | COMMON[args.task]
+        stream = data.generate(args.task, seed=args.seed, split="val", **{"ops": None} | options)
+        self.policy, self.problems = policy, list(itertools.islice(stream, 100))
+        self.texts = [encode_text(policy.tokenizer, skill_text(rng, skill, problem))
+                      for problem in self.problems[:24] for skill in SKILLS]
 
-def rollout_accuracy(policy, problems, seed):
-    """The share of problems that one rollout at temperature 1 answers rightly."""
-    prompts = [sample.encode_prompt(policy.tokenizer, p.question) for p in problems]
-    rollouts = [r for r, in sample.generate(policy, prompts, 1, 400, seed=seed)]
-    return sum(data.reward(sample.decode(policy.tokenizer, r.tokens), p.answer) for r, p in zip(rollouts, problems)) / len(problems)
+    def take(self, seed):
+        return self.skills() | {"right": self.rollouts(seed)}
+
+    @torch.no_grad()
+    def skills(self):
+        right, total = Counter(), Counter()
+        lengths = [len(prompt) + len(response) for prompt, response, _ in self.texts]
+        for group in micro_batches(lengths, 4096):
+            texts = [self.texts[row] for row in group]
+            inputs, targets = collate([text[:2] for text in texts], self.policy.device, 0)  # (B, T)
+            hits = self.policy.model(input_ids=inputs).logits.argmax(-1) == targets
+            for (_, _, skills), hit, target in zip(texts, hits, targets):
+                hit = hit[target != sample.IGNORE].tolist()  # one for each token of the response
+                total.update(skills)
+                right.update(skill for skill, good in zip(skills, hit) if good)
+        return {skill: right[skill] / total[skill] for skill in SKILLS}
+
+    def rollouts(self, seed):
+        tokenizer = self.policy.tokenizer
+        prompts = [sample.encode_prompt(tokenizer, problem.question) for problem in self.problems]
+        groups = sample.generate(self.policy, prompts, 1, max_new_tokens=400, seed=seed)
+        texts = [sample.decode(tokenizer, rollout.tokens) for rollout, in groups]
+        return sum(data.reward(text, p.answer) for text, p in zip(texts, self.problems)) / len(self.problems)
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose singular values are all set to about 1 (Jordan et al. 2024), scaled to the size of an AdamW update.
+    """Momentum whose singular values are all set to about 1 (Jordan et al. 2024), scaled to the size of an
+    AdamW update.
 
-    PyTorch's own does the same in bf16, which a CPU without bf16 products multiplies 20 times slower than fp32."""
+    PyTorch's own does the same in bf16, which a CPU without bf16 products multiplies 20 times slower than
+    fp32."""
 
     def __init__(self, params, lr, momentum=0.95, weight_decay=0.01):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
@@ -616,7 +654,8 @@ class MuonAdamW:
         matrices = [p for name, p in named if p.ndim == 2 and "embed" not in name]
         others = [p for name, p in named if p.ndim != 2 or "embed" in name]
         self.params, self.lr = [p for _, p in named], lr
-        self.parts = [Muon(matrices, lr), torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)]
+        adam = torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+        self.parts = [Muon(matrices, lr), adam]
 
     def step(self, factor):
         torch.nn.utils.clip_grad_norm_(self.params, 1.0)
@@ -626,7 +665,8 @@ class MuonAdamW:
             part.zero_grad()
 
     def state(self):
-        return {"parts": [part.state_dict() for part in self.parts], "params": [p.detach() for p in self.params]}
+        return {"parts": [part.state_dict() for part in self.parts],
+                "params": [p.detach() for p in self.params]}
 
     @torch.no_grad()
     def load_state(self, state):
@@ -636,50 +676,65 @@ class MuonAdamW:
             param.copy_(saved)
 
 
-def pretrain(policy, args, run):
-    """Train a tiny base model on `args.tokens` tokens: skills first, short problems before long ones, then answers.
+def draw_pool(tokenizer, number, progress, args):
+    """Batches of pool `number`: 256 texts, those of similar length together. Each pool has a random generator
+    of its own, so that a run can go on after a kill without one having been saved."""
+    rng = Random(f"{args.seed} {number}")
+    texts = [encode_text(tokenizer, draw_text(rng, progress, args))[:2] for _ in range(256)]
+    batches = micro_batches([len(prompt) + len(response) for prompt, response in texts], args.micro_tokens)
+    return [[texts[row] for row in batch] for batch in rng.sample(batches, len(batches))]
 
-    Texts come in pools of 256, each drawn from a generator of its own number, so that a run can be killed and go on;
-    small batches of similar length; bf16 autocast; the learning rate falls over the last 30%, which is worth most."""
-    model, device, encode = policy.model, policy.device, functools.partial(encode_text, policy.tokenizer)
-    # on a CPU without bf16 products it would take 20 times as long as fp32
-    fast_bf16 = device.type == "cuda" or (device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    optimizer, pool, seen, step = MuonAdamW(model, args.lr), run.state["step"], run.state.get("seen", 0), run.state.get("updates", 0)
+
+def pretrain_step(policy, batch, optimizer, factor):
+    """One update on the mean log-prob of the responses' tokens, in bf16 where the machine has it -> the
+    loss."""
+    model, kind = policy.model, policy.device.type
+    # a CPU without bf16 products would take 20 times as long as with fp32
+    bf16 = kind == "cuda" or (kind == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    inputs, targets = collate(batch, policy.device, policy.tokenizer.pad_token_id)
+    kept = targets != sample.IGNORE
+    with torch.autocast(kind, torch.bfloat16, enabled=bf16):
+        hidden = model.model(input_ids=inputs, use_cache=False).last_hidden_state  # (B, T, H)
+        logits = model.lm_head(hidden[kept]).float()  # (response tokens, V)
+    loss = torch.nn.functional.cross_entropy(logits, targets[kept])
+    loss.backward()
+    optimizer.step(factor)
+    return loss.item()
+
+
+def schedule(updates, progress):
+    """The share of the full learning rate: rise over 50 updates, hold, fall over the last 30% of the tokens."""
+    return min(1.0, (updates + 1) / 50, max(0.02, (1 - progress) / 0.3))
+
+
+def pretrain(policy, args, run):
+    """Train a tiny base on `args.tokens` tokens: skills first, then answers, short problems before long ones.
+
+    Small batches; the learning rate falls over the last 30%, which is worth more than twice the tokens."""
+    optimizer = MuonAdamW(policy.model, args.lr)
+    pool, seen, updates = run.state["step"], run.state.get("seen", 0), run.state.get("updates", 0)
     if pool:
         optimizer.load_state(run.state["optimizer"])
-    held_out, hardest = Random(f"held out {args.seed}"), CURRICULUM[args.task][2] | COMMON[args.task]
-    problems = list(itertools.islice(data.generate(args.task, seed=args.seed, split="val", **{"ops": None} | hardest), 100))
-    probes = [encode(skill_text(held_out, skill, problem)) for problem in problems[:24] for skill in SKILLS]
-    log = Log(args.out.removesuffix(".pt") + ".csv", ["step", "tokens", "loss", "tokens_per_s", "lr", *SKILLS, "right"],
-              keep=run.state.get("rows", 0))
-    bar = tqdm(total=args.tokens, initial=seen, desc="pretraining", unit="token", unit_scale=True, mininterval=10)
-    rows = run.state.get("rows", 0)
-    with run:
-        while seen < args.tokens:
-            rng, losses, start, before = Random(f"{args.seed} {pool}"), [], time.time(), seen
-            texts = [encode(draw_text(rng, seen / args.tokens, args))[:2] for _ in range(256)]
-            batches = micro_batches([len(p) + len(r) for p, r in texts], args.micro_tokens)
-            for group in rng.sample(batches, len(batches)):
-                inputs, targets = collate([texts[row] for row in group], device, policy.tokenizer.pad_token_id)
-                with torch.autocast(device.type, torch.bfloat16, enabled=fast_bf16):
-                    hidden = model.model(input_ids=inputs, use_cache=False).last_hidden_state
-                    kept = targets != sample.IGNORE
-                    loss = torch.nn.functional.cross_entropy(model.lm_head(hidden[kept]).float(), targets[kept])
-                loss.backward()
-                factor = min(1.0, (step + 1) / 50, max(0.02, (1 - seen / args.tokens) / 0.3))  # warm up, hold, decay
-                optimizer.step(factor)
-                step, seen = step + 1, seen + sum(len(texts[row][0]) + len(texts[row][1]) for row in group)
-                losses.append(loss.item())
-            pool += 1
-            bar.update(seen - before)
-            if pool % args.save_every == 0 or seen >= args.tokens:
-                speed, rows = (seen - before) / (time.time() - start), rows + 1
-                shares = probe(policy, probes) | {"right": rollout_accuracy(policy, problems, seed=pool)}
-                log.row(step=step, tokens=seen, loss=sum(losses) / len(losses), tokens_per_s=speed, lr=args.lr * factor, **shares)
-                tqdm.write(f"{seen / 1e6:.2f}M tokens, loss {losses[-1]:.3f}, " + ", ".join(f"{k} {v:.2f}" for k, v in shares.items()))
-                sample.save_policy(args.out, policy, dict(vars(args), updates=step, seen=seen, **shares), dtype=torch.bfloat16)
-            last = pool if seen >= args.tokens else pool + 1
-            run.end_of_step(pool, last, args.save_every, optimizer, seen=seen, updates=step, rows=rows)
+    exam = Exam(policy, args)
+    columns = ["pool", "tokens", "loss", "tokens_per_s", "lr", *SKILLS, "right"]
+    log = Log(args.out.removesuffix(".pt") + ".csv", columns, keep=pool // EXAM_EVERY)
+    bar = tqdm(total=args.tokens, initial=seen, desc="pretraining", unit="token", unit_scale=True)
+    while seen < args.tokens:
+        losses, before, start = [], seen, time.time()
+        for batch in draw_pool(policy.tokenizer, pool, seen / args.tokens, args):
+            factor = schedule(updates, seen / args.tokens)
+            losses.append(pretrain_step(policy, batch, optimizer, factor))
+            seen += sum(len(prompt) + len(response) for prompt, response in batch)
+            updates += 1
+        pool, last = pool + 1, seen >= args.tokens
+        bar.update(seen - before)
+        if pool % EXAM_EVERY == 0 or last:
+            row = dict(pool=pool, tokens=seen, loss=sum(losses) / len(losses), lr=args.lr * factor,
+                       tokens_per_s=(seen - before) / (time.time() - start), **exam.take(seed=pool))
+            log.row(**row)
+            tqdm.write(", ".join(f"{name} {row[name]:.3g}" for name in columns))
+            sample.save_policy(args.out, policy, vars(args) | row, dtype=torch.bfloat16)
+        run.end_of_step(pool, pool + (not last), args.save_every, optimizer, seen=seen, updates=updates)
 
 
 def main():
@@ -739,7 +794,8 @@ def main():
         if args.start:
             take_over(policy, sample.load_policy(args.start))
         run.begin(args, policy.model)
-        pretrain(policy, args, run)
+        with run:
+            pretrain(policy, args, run)
         run.finish()
         return
     run = Run(args.out, args.resume)

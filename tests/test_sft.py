@@ -169,7 +169,6 @@ def test_a_stop_for_numbers_leaves_the_last_good_state(script, tmp_path, tiny_fi
     (["--data", "silent.jsonl", "--method", "vanilla"], ["--method", "--data"]),
     (["--method", "vanilla", "--p", "0.5"], ["--p", "vanilla"]),
     (["--width", "64"], ["--width", "scratch"]),
-    (["--model", "scratch", "--resume"], ["--resume", "scratch"]),
     (["--export", "silent.jsonl"], ["--export silent.jsonl"]),
     (["--epoch", "3"], ["--epoch"]),  # no abbreviations: a typo must not be read as another flag
 ])
