@@ -111,7 +111,7 @@ def process_verified(hits, reports):
 
 
 def behaviors(reports):
-    """Mean number per response of what check_trace counts up to the first fault; share of those without one."""
+    """Mean number per response of what check_trace counts up to the first fault; share without a fault."""
     names = ("steps", "reflections", "analyses", "subgoals", "redundant")
     counts = {name: sum(getattr(r, name) for r in reports) / len(reports) for name in names}
     return counts | {"sound": sum(r.ok for r in reports) / len(reports),
@@ -193,8 +193,9 @@ def draw_histograms(axis, runs):
         x = [right + (i - (len(runs) - 1) / 2) * width for right in range(len(seeds[0]))]
         shade = str(0.3 + 0.5 * i / max(1, len(runs) - 1))
         axis.bar(x, [statistics.mean(column) for column in zip(*seeds)], width=width, label=run, color=shade)
-        for bars in seeds if len(seeds) > 1 else ():
-            axis.plot(x, bars, "k.", markersize=3)
+        if len(seeds) > 1:
+            for histogram in seeds:
+                axis.plot(x, histogram, "k.", markersize=3)
     axis.set_xlabel(f"right rollouts of {len(seeds[0]) - 1}")
 
 
@@ -247,7 +248,7 @@ def plot_curves(paths, path):
         shade, style = str(0.55 * i / max(1, len(runs) - 1)), ("-", "--", ":")[i % 3]
         draw_rewards(axis, run, [rewards for rewards, _, _ in logs], shade, style)
     if len(paths) == 1:
-        rewards, steps, accuracies = logs[0]
+        rewards, steps, accuracies = logs[0]  # of the only run
         axis.plot(range(1, len(rewards) + 1), rewards, color="0", linewidth=0.5, alpha=0.5)
         axis.plot(steps, accuracies, "o--", color="0.4", markersize=4,
                   label=f"{run}: greedy accuracy, held-out problems")
@@ -328,10 +329,9 @@ def minus(a, b):
 
 def percent(values, seeds, sign=""):
     """Mean and t-interval of {seed: value} over `seeds`, as text; sign "+" writes a plus before a gain."""
-    chosen = [values[seed] for seed in seeds if seed in values]
-    if not chosen:
+    if any(seed not in values for seed in seeds):  # rows from before process was counted
         return "not counted"
-    mean, low, high = t_interval(chosen)
+    mean, low, high = t_interval([values[seed] for seed in seeds])
     return f"{mean:{sign}.1%} [{low:{sign}.1%}, {high:{sign}.1%}]"
 
 
@@ -459,7 +459,8 @@ def main():
         return plot_curves(args.curves, args.plot)
     if args.report:
         return print(report(args.report))
-    splits, results = read_splits(args), []
+    splits = read_splits(args)
+    results = []
     for name in [sample.default_checkpoint(name) for name in args.ckpt or [None]]:
         policy = sample.load_policy(name)
         if not results:

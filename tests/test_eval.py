@@ -14,7 +14,8 @@ import data, eval as evaluation, sample
 @pytest.mark.parametrize("correct, n, low, high", [(0, 100, 0.0, 0.03699), (50, 100, 0.40383, 0.59617),
                                                    (99, 100, 0.94549, 0.99823), (1, 1, 0.20655, 1.0)])
 def test_wilson(correct, n, low, high):
-    """Bug: the textbook interval p +- 1.96 sqrt(p(1-p)/n), with width 0 at 0 of 100 and an end above 1 at 99."""
+    """Bug: the textbook interval p +- 1.96 sqrt(p(1-p)/n), which has width 0 at 0 of 100 and passes 1
+    at 99."""
     assert evaluation.wilson(correct, n) == pytest.approx((low, high), abs=1e-4)
 
 
@@ -48,8 +49,8 @@ def test_t_interval():
 
 @pytest.fixture
 def told(tiny, monkeypatch):
-    """told([texts of problem 1, texts of problem 2 ...]) -> a policy whose rollouts say just that, and greedy the
-    first of each, whatever is asked."""
+    """told([texts of problem 1, texts of problem 2 ...]) -> a policy whose rollouts say just that, and whose
+    greedy answers the first of each, whatever is asked."""
     def make(texts):
         policy = tiny()
 
@@ -73,8 +74,8 @@ def four_answers(problem):
 
 
 def test_process_counts_right_answers_with_sound_steps(told):
-    """Bugs: process that counts a right answer with an unsound step, or sound steps with a wrong answer; rollouts
-    checked against another problem than their own; a bool or a float for a count."""
+    """Bugs: process that counts a right answer with an unsound step, or sound steps with a wrong answer;
+    rollouts checked against another problem than their own; a bool or a float for a count."""
     problems = list(itertools.islice(data.generate(ops=(3, 4), max_value=100, split="test"), 4))
     answers = [four_answers(problem) for problem in problems]
     scores = evaluation.measure(told([[answers[i][i]] for i in range(4)]), problems)  # one of each kind
@@ -104,8 +105,8 @@ def test_process_of_files(told, tmp_path, capsys):
 
 
 def test_report_pairs_seeds(tmp_path, script):
-    """Bugs: differences of means over other seeds than both methods have; gains mixed up between splits; a cell
-    lost or doubled when a file is written to again; process before RL in place of after it."""
+    """Bugs: differences of means over other seeds than both methods have; gains mixed up between splits; a
+    cell lost or doubled when a file is written to again; process before RL in place of after it."""
     path = str(tmp_path / "results.csv")
 
     def row(method, seed, stage, correct, split="id"):
@@ -113,20 +114,24 @@ def test_report_pairs_seeds(tmp_path, script):
         return dict(task="igsm", method=method, seed=seed, stage=stage, split=split, ops="2-4", n=100,
                     correct=correct, process=process)
     rows = [row(*cell) for cell in [
-        ("vanilla", 1, "sft", 40), ("vanilla", 1, "rl", 50), ("bridge", 1, "sft", 40), ("bridge", 1, "rl", 80),
-        ("vanilla", 2, "sft", 30), ("vanilla", 2, "rl", 45), ("bridge", 2, "sft", 45), ("bridge", 2, "rl", 90),
-        ("bridge", 3, "sft", 10), ("bridge", 3, "rl", 99), ("majority", 1, "", 11)]]  # seed 3 has no partner
+        ("vanilla", 1, "sft", 40), ("vanilla", 1, "rl", 50),
+        ("bridge", 1, "sft", 40), ("bridge", 1, "rl", 80),
+        ("vanilla", 2, "sft", 30), ("vanilla", 2, "rl", 45),
+        ("bridge", 2, "sft", 45), ("bridge", 2, "rl", 90),
+        ("bridge", 3, "sft", 10), ("bridge", 3, "rl", 99),  # seed 3 has no partner
+        ("majority", 1, "", 11)]]
     evaluation.write_results(path, rows[:5] + [row("vanilla", 1, "rl", 50, "ood")])
     evaluation.write_results(path, rows)
     with open(path) as file:
         assert len(list(csv.DictReader(file))) == len(rows) + 1
     printed = script("eval.py", "--report", path).stdout
     _, low, high = evaluation.t_interval([0.30, 0.30])  # (40 - 10, 45 - 15) points
-    assert f"paired over 2 seeds: gain of bridge - gain of vanilla +30.0% [{low:+.1%}, {high:+.1%}]" in printed
+    gains = f"gain of bridge - gain of vanilla +30.0% [{low:+.1%}, {high:+.1%}]"
+    assert f"paired over 2 seeds: {gains}" in printed
     assert "bridge - vanilla +37.5%" in printed  # (80 - 50 + 90 - 45) / 2
     assert "bridge / vanilla 1.79" in printed  # 85 / 47.5
     assert "| id | vanilla | 2 | 35.0%" in printed and "| 11.0% |" in printed and "| ood |" not in printed
-    assert "| 23.5% [" in printed and "| 44.7% [" in printed  # (25 + 22) / 2, (40 + 45 + 49) / 3: process after RL
+    assert "| 23.5% [" in printed and "| 44.7% [" in printed  # process: (25 + 22) / 2, (40 + 45 + 49) / 3
     assert "process-verified after RL, bridge - vanilla +19.0%" in printed
 
 
@@ -147,12 +152,19 @@ def test_results_from_before_process_and_task(tmp_path, script):
     old, new = [line for line in printed.split("\n") if "| bridge |" in line]
     assert old.startswith("| igsm | id | bridge | 1 | 40.0%") and "| not counted |" in old
     assert new.startswith("| promptbench | id | bridge | 1 | 10.0%") and "| 30.0% [" in new
+    row |= dict(task="igsm", seed=2)  # a seed that was counted does not stand for one that was not
+    evaluation.write_results(str(path), [row | dict(stage="sft", correct=1, process=0),
+                                         row | dict(stage="rl", correct=9, process=3)])
+    printed = script("eval.py", "--report", path).stdout
+    line, = [line for line in printed.split("\n") if "| igsm | id | bridge | 2 |" in line]
+    assert "| not counted |" in line
 
 
 @pytest.mark.parametrize("info, made", [
     ({"stage": "sft", "method": "vanilla", "seed": 3, "data": None}, ("vanilla", 3, "sft")),
     ({"stage": "sft", "method": "bridge", "seed": 3, "data": "runs/rc-aug.jsonl"}, ("rc-aug", 3, "sft")),
-    ({"stage": "grpo", "seed": 5, "base": {"stage": "sft", "method": "pp-aug", "seed": 3}}, ("pp-aug", 5, "rl")),
+    ({"stage": "grpo", "seed": 5, "base": {"stage": "sft", "method": "vanilla", "seed": 3}},
+     ("vanilla", 5, "rl")),
     (None, ("other", 0, "sft"))])
 def test_rows_say_where_a_checkpoint_comes_from(info, made):
     """Bugs: answers that came from a file filed under --method's default; RL's rows under the SFT's seed."""
@@ -160,9 +172,11 @@ def test_rows_say_where_a_checkpoint_comes_from(info, made):
 
 
 def test_curves_of_seeds_share_a_band(tmp_path, script):
-    """Bug: every file a run of its own, or the seeds' number left in the name; logs of unequal length refused."""
+    """Bug: every file a run of its own, or the seeds' number left in the name; the figure is drawn from
+    logs of unequal length."""
     pytest.importorskip("matplotlib")
-    assert [*map(evaluation.run_of, ("a/bridge-rl-3.csv", "grpo.csv", "x-10.pt"))] == ["bridge-rl", "grpo", "x"]
+    names = ("a/bridge-rl-3.csv", "grpo.csv", "x-10.pt")
+    assert [evaluation.run_of(name) for name in names] == ["bridge-rl", "grpo", "x"]
     for name, steps in (("vanilla-1", 5), ("vanilla-2", 3), ("bridge-1", 5)):
         rows = [f"{i},0.{i},{0.5 if i == 1 else ''}\n" for i in range(1, steps + 1)]
         (tmp_path / f"{name}.csv").write_text("step,reward,val_accuracy\n" + "".join(rows))
@@ -189,7 +203,8 @@ def test_majority_answer():
 
 
 def test_table_and_json(script, tmp_path, tiny_file):
-    """Bugs: a split that mixes its figures up with another's; JSON that says something else than the table."""
+    """Bugs: a split that mixes its figures up with another's; JSON that says something else than the
+    table."""
     result = script("eval.py", "--ckpt", tiny_file, tiny_file, "--n", 12, "--max-new-tokens", 24,
                     "--samples", 2, "--json", "scores.json", "--results", "results.csv")
     assert result.returncode == 0, result.stderr
@@ -205,8 +220,8 @@ def test_table_and_json(script, tmp_path, tiny_file):
             assert f"{split['accuracy']:.1%}" in result.stdout
     assert all(split["hits"].count(1) == split["correct"] for s in scores for split in s["splits"].values())
     assert written["mcnemar"] and all(c["p"] == 1 for c in written["mcnemar"])  # a policy against itself
-    with open(tmp_path / "results.csv") as file:  # the same checkpoint twice: two splits, and the majority in each
-        assert len(file.readlines()) == 5
+    with open(tmp_path / "results.csv") as file:
+        assert len(file.readlines()) == 5  # the same checkpoint twice: two splits, and the majority in each
     options = dict(ops=data.TINY["ops"], max_value=data.TINY["max_value"], split="test")
     problems = list(itertools.islice(data.generate(**options), 12))
     assert scores[0]["splits"]["id"]["majority"] == evaluation.majority(problems)
@@ -220,7 +235,8 @@ def test_table_and_json(script, tmp_path, tiny_file):
     (["--max-new-tokens", "5000"], ["--max-new-tokens", "2048"]), (["--sample", "3"], ["--sample"]),
     (["--report", "empty.jsonl2"], ["empty.jsonl2"])])
 def test_bad_input_is_one_sentence(script, tmp_path, tiny_file, arguments, words):
-    """Bug: a traceback for a missing, cut or foreign checkpoint, an empty file, a prompt beyond the context."""
+    """Bug: a traceback for a missing, truncated or foreign checkpoint, an empty file, a prompt beyond the
+    context."""
     import torch
     (tmp_path / "cut.pt").write_bytes(tiny_file.read_bytes()[:5000])
     torch.save({"model": torch.zeros(3)}, tmp_path / "foreign.pt")
