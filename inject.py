@@ -51,7 +51,7 @@ def inject(problem, response, behaviors=BEHAVIORS, p=0.1, rng=None, official=Fal
         node = problem.nodes[step.node]
         chance = OFFICIAL_ANALYSIS[min(node.degree, 4) - 1] * bool(node.parents) if official else p["analysis"]
         possible = "analysis" in behaviors and node.text and (official or not step.missing)
-        analysis = bool(possible) and rng.random() < chance
+        analysis = node.text if possible and rng.random() < chance else ""
         injected.append(step._replace(analysis=analysis, subgoal="subgoal" in behaviors))
         if not step.missing:
             solved.add(step.node)
