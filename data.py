@@ -91,7 +91,7 @@ def needed_nodes(nodes, *targets):
     """Names of the nodes that `targets` depend on, themselves included, parents before children.
 
     Raises ValueError where a node is not defined or depends on itself."""
-    order, begun, done = [], set(), set()
+    done, begun = {}, set()  # done: in the order of the result
 
     def visit(name):
         if name in done:
@@ -103,12 +103,11 @@ def needed_nodes(nodes, *targets):
         begun.add(name)
         for parent in nodes[name].parents:
             visit(parent)
-        done.add(name)
-        order.append(name)
+        done[name] = True
 
     for target in targets:
         visit(target)
-    return order
+    return list(done)
 
 
 def reduce_once(tokens):
@@ -362,7 +361,8 @@ def draw_problem(rng, ops=(15, 20), max_answer=1000, max_value=None, size=None, 
         return "no graph with so many operations"
     order, drawn = graph
     nodes = {q: draw_premise(rng, q, *drawn[q]) for q in drawn}
-    values = solve({q: (implied | nodes)[q].formula for q in order})
+    known = implied | nodes
+    values = solve({q: known[q].formula for q in order})
     if reason := too_large(values, order[-1], max_answer, max_value):
         return reason
     nodes |= draw_redundant(rng, edges, implied, order)
@@ -644,9 +644,9 @@ def in_order(steps):
             for step in steps]
 
 
-def is_tidy(steps):
-    """Whether an answer is worded so already: when it is edited, the edited one should be, too."""
-    return bool(steps) and steps == in_order(steps)
+def worded_like(original, edited):
+    """Edited steps, put into the tidy wording if the steps of the original answer are in it."""
+    return in_order(edited) if original == in_order(original) else edited
 
 
 def show(tokens):
@@ -695,7 +695,8 @@ def finish(problem, order, rng, tidy=False):
 
 # --------------------------------------------------------------------------------- 7. Reading a question back
 LARGEST = 10**100  # no quantity may reach this: a hostile question that squares and squares would never end
-MOST_NODES, MOST_PARENTS = 400, 100  # nor hold more, since we recurse over nodes; ours has 217 and 8 at most
+MOST_NODES = 400    # implied ones included: recursion over them stays far from Python's limit of 1,000 calls
+MOST_PARENTS = 100  # of one node; our own problems have at most 217 nodes, and 8 parents of one
 
 
 def read_question(question, categories=None):
@@ -733,7 +734,7 @@ def read_question(question, categories=None):
 def read_values(nodes, where):
     """Nodes that come from a text -> {name: value}. Raises ValueError, naming `where`, if they have none."""
     if len(nodes) > MOST_NODES or any(node.degree > MOST_PARENTS for node in nodes.values()):
-        raise ValueError(f"{where}: more than {MOST_NODES} quantities, or {MOST_PARENTS} in one of them")
+        raise ValueError(f"{where}: over {MOST_NODES} quantities, or one computed from over {MOST_PARENTS}")
     try:
         order = needed_nodes(nodes, *nodes)
     except ValueError as error:
@@ -1248,13 +1249,15 @@ class Summary:
             yield problem
 
     def __str__(self):
-        n = len(self.rows)
         answers, ops, asked, told, redundant, implied = zip(*self.rows)
-        draws, duplicates = n + self.rejected.total(), self.rejected.pop("a duplicate", 0)
-        reasons = ", ".join(f"{reason} {k / draws:.1%}" for reason, k in self.rejected.most_common())
-        bins = Counter(sum(answer > edge for edge in (-1, 0, 9, 99)) for answer in answers)
-        names = ("below 0", "0", "1-9", "10-99", "100 up")
-        shares = ", ".join(f"{name} {bins[i] / n:.1%}" for i, name in enumerate(names))
+        n = len(answers)
+        draws, duplicates = n + self.rejected.total(), self.rejected["a duplicate"]
+        reasons = ", ".join(f"{reason} {k / draws:.1%}" for reason, k in self.rejected.most_common()
+                            if reason != "a duplicate")
+        ranges = {"below 0": (-math.inf, -1), "0": (0, 0), "1-9": (1, 9), "10-99": (10, 99),
+                  "100 up": (100, math.inf)}
+        shares = ", ".join(f"{name} {sum(low <= x <= high for x in answers) / n:.1%}"
+                           for name, (low, high) in ranges.items())
         common, times = Counter(answers).most_common(1)[0]
         return (f"{n} problems, {n / (time.time() - self.start):.0f} a second\n"
                 f"of {draws} draws rejected: {reasons or 'none'}; {duplicates} duplicates dropped\n"
