@@ -231,8 +231,8 @@ def draw_premise(rng, name, parents, constant):
     """A premise over these parents, with a written constant or without -> Node."""
     kind = "" if len(parents) < 2 else "sum" if len(parents) > 2 else rng.choice(("sum", "difference"))
     link = rng.choice(("more than", "times")) if constant and parents else ""
-    number = rng.randint(0, 9) if constant else None
-    return describe(name, number, link, kind, rng.sample(parents, len(parents)))
+    written = rng.randint(0, 9) if constant else None
+    return describe(name, written, link, kind, rng.sample(parents, len(parents)))
 
 
 def draw_needed(rng, edges, implied, ops):
@@ -447,10 +447,11 @@ class IGSM:
     def find_categories(self, question):
         """The categories of a question in our own names, lowest layer first, as far as it mentions them."""
         for world in WORLDS:
-            items = {category: sum(groups, []) for category, groups in world.items()}
-            found = {category: [name for name in names if re.search(rf"\b{name}\b", question)]
-                     for category, names in items.items()}
-            found = {category: names for category, names in found.items() if names}
+            found = {}
+            for category, groups in world.items():
+                names = [name for name in sum(groups, []) if re.search(rf"\b{name}\b", question)]
+                if names:
+                    found[category] = names
             if len(found) > 1 and re.search(self.names(found), question):
                 return found
         raise ValueError("line 1: the names are not ours; give the question's categories as well")
@@ -945,6 +946,8 @@ def reward(response, answer):
 
 
 # ----------------------------------------------------------------------- 9. Many problems, none of them twice
+# Training, validation and test problems come from one generator. Their text keeps them apart: its hash decides
+# which split a problem belongs to, and draws that belong to another split are dropped.
 SPLITS = {"train": range(0, 60), "val": range(60, 80), "test": range(80, 100)}  # fingerprint modulo 100
 CHUNK = 64  # draws that a worker makes at a time
 
@@ -957,7 +960,7 @@ def fingerprint(question):
 
 
 def split_of(question):
-    """The one split that a problem belongs to, whatever the seed and the order of its premises."""
+    """The split that a problem belongs to, whatever the seed and the order of its premises."""
     return next(name for name, share in SPLITS.items() if fingerprint(question) % 100 in share)
 
 
@@ -985,6 +988,7 @@ def draw_chunks(draw, workers):
 
 
 def keep_distinct(chunks, rejected):
+    """The problems of these chunks, none twice; `rejected` counts why the others were dropped."""
     seen, dry = set(), 0  # dry: draws since the last problem
     for chunk in chunks:
         for key, problem in chunk:
