@@ -946,7 +946,7 @@ def reward(response, answer):
 
 
 # ----------------------------------------------------------------------- 9. Many problems, none of them twice
-# Training, validation and test problems come from one generator. Their text keeps them apart: its hash decides
+# Training, validation and test problems come from one generator. Their text keeps them apart: its hash says
 # which split a problem belongs to, and draws that belong to another split are dropped.
 SPLITS = {"train": range(0, 60), "val": range(60, 80), "test": range(80, 100)}  # fingerprint modulo 100
 CHUNK = 64  # draws that a worker makes at a time
@@ -1099,9 +1099,9 @@ def check_options(options):
         given = options.get(name)
         numbers = [given] if isinstance(given, int) else list(given or ())
         if numbers != sorted(numbers) or not all(low <= x <= high for x in numbers):
+            bounds = f"be at least {low}" if high == math.inf else f"lie in {low} ... {high}"
             order = ", the lower number first" if len(numbers) > 1 else ""
-            flag = name.replace("_", "-")
-            raise InputError(f"--{flag} {show(numbers)}: must lie in {low} ... {high}{order}")
+            raise InputError(f"--{name.replace('_', '-')} {show(numbers)}: must {bounds}{order}")
     most = (2 ** options.get("depth", 4) - 1) + 3 * max(options.get("redundancy", (0, 8)))
     if most > options.get("names", most):
         raise InputError(f"--names {options['names']}: a problem of this depth and redundancy can hold "
