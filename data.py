@@ -5,8 +5,8 @@
     python data.py --task promptbench --depth 4 --redundancy 0 8 --n 5000 --out train.jsonl
 
 A problem is a directed acyclic graph (DAG). Every *quantity* is a node; an edge runs to it from each
-quantity that it is computed from. The question states one premise per line in random order, and the
-answer walks the graph from what is given to what is asked:
+quantity that it is computed from, its *parent*. The question states one premise a line in random order, and
+the answer walks the graph from what is given to what is asked:
 
 >>> farm = '''The number of each Tall Barn's Tin Crate equals 5 more than each Old Barn's Crate.
 ... The number of each Old Barn's Tin Crate equals 2.
@@ -22,100 +22,1007 @@ not needed:
 each Tall Barn's Pine Crate = 3 * 2 = 6
  +-- each Old Barn's Tin Crate (see above)
 
-"each Old Barn's Crate" is *implied*: no premise states it, it is the sum over Old Barn's crates. The file
-follows a problem's life: structure graph, dependency graph, text, answer, reading the text back into its
-graph, checking an answer step by step, JSONL. Source: Ye et al. 2024 ("Physics of Language Models 2.1"), as
-modified by BRIDGE (arXiv 2505.18917): no modulo, large answers dropped, redundant premises. A second task,
-PromptBench arithmetic (Zhu et al. 2024, "DyVal"), differs in its text functions alone.
+"each Old Barn's Crate" is *implied*: no premise states it, it is the sum over Old Barn's crates. A node is
+*locked* as long as one of its parents is unsolved: at first, all but the two that are given.
+
+The file follows a problem's life: graph, words, answer, reading the text back, checking an answer step by
+step, many problems, files. It takes an hour to read; at first skip section 5 (PromptBench, a second task that
+differs in its words alone), 9 to 11 (flags and files) and 12 (names). Source: Ye et al. 2024 ("Physics of
+Language Models 2.1"), as modified by BRIDGE (arXiv 2505.18917): no modulo, large answers dropped, redundant
+premises; PromptBench arithmetic is Zhu et al. 2024 ("DyVal").
 
 Where we depart from the released generator and the paper:
 1. the names are our own, and a name never makes a premise ambiguous (theirs are split at "'s ");
 2. the size of the structure follows the number of operations, so 1 operation works as well as 30;
 3. a hash of the text decides whether a problem is for training, validation or test, whatever the seed;
-4. PromptBench names are random (in DyVal their order gives the solution away) and "subtracting B from A" is A - B.
+4. PromptBench names are random (in DyVal their order gives the solution away), and "subtracting B from A" is
+   A - B.
 """
 import argparse, hashlib, json, math, os, re, sys, tempfile, time
-from collections import Counter, deque
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from itertools import count, islice, product
 from random import Random
 from typing import NamedTuple
 
+# ------------------------------------------------------------------------------------ 1. A problem is a graph
+SYMBOLS = ("+", "-", "*", "(", ")")
+
+
+class Node(NamedTuple):
+    """One quantity. `formula` is a tuple of ints, names of parents and the symbols + - * ( )."""
+    name: str       # "each Old Barn's Crate"
+    formula: tuple  # (5, "*", "(", "each ...", "+", "each ...", ")")
+    text: str       # what its premise says of it: "5 times the sum of ..."; "" if the quantity is implied
+
+    @property
+    def parents(self):
+        return tuple(dict.fromkeys(t for t in self.formula if isinstance(t, str) and t not in SYMBOLS))
+
+    @property
+    def degree(self):
+        """In-degree, where a constant written in the premise counts as one in-edge."""
+        return sum(t not in SYMBOLS for t in self.formula)
+
+    @property
+    def operations(self):
+        return max(1, self.degree - 1)
+
+
+@dataclass
+class Problem:
+    question: str                 # premises, one a line, then the question line
+    answer: int
+    target: str = ""              # name of the node that is asked for
+    nodes: dict = field(default_factory=dict)  # name -> Node: described and implied, needed and redundant
+    response: str = ""            # <think> ... </think> <answer> ... </answer>
+    ops: int = 0                  # operations of the nodes that the answer needs
+    categories: dict = field(default_factory=dict)  # igsm: category -> items drawn, lowest layer first
+    task: str = "igsm"
+    id: object = None
+    depth: int = 0                # promptbench: levels of the tree, and how many trees it does not need
+    redundancy: int = 0
+
+
+def needed_nodes(nodes, *targets):
+    """Names of the nodes that `targets` depend on, themselves included, parents before children.
+
+    Raises ValueError where a node is not defined or depends on itself."""
+    done, begun = {}, set()  # done: in the order of the result
+
+    def visit(name):
+        if name in done:
+            return
+        if name not in nodes:
+            raise ValueError(f"'{name}' is used but never defined")
+        if name in begun:
+            raise ValueError(f"'{name}' depends on itself")
+        begun.add(name)
+        for parent in nodes[name].parents:
+            visit(parent)
+        done[name] = True
+
+    for target in targets:
+        visit(target)
+    return list(done)
+
+
+def reduce_once(tokens):
+    """Carry out one operation: innermost bracket first, then * before + and -, then left to right.
+
+    >>> reduce_once((9, "*", "(", 0, "-", 3, ")"))
+    (9, '*', -3)
+    """
+    end = tokens.index(")") if ")" in tokens else len(tokens)  # the first ")" closes an innermost bracket
+    start = max((i for i in range(end) if tokens[i] == "("), default=-1) + 1
+    inner = tokens[start:end]
+    if len(inner) > 1:
+        at = inner.index("*") if "*" in inner else 1
+        a, symbol, b = inner[at - 1:at + 2]
+        value = a * b if symbol == "*" else a + b if symbol == "+" else a - b
+        inner = inner[:at - 1] + (value,) + inner[at + 2:]
+    if len(inner) == 1 and start:  # the bracket holds a single number now: drop it
+        return tokens[:start - 1] + inner + tokens[end + 1:]
+    return tokens[:start] + inner + tokens[end:]
+
+
+def evaluate(tokens, values=None):
+    """The value of a formula; `values` gives the names in it their numbers."""
+    if values is not None:
+        tokens = tuple(values.get(t, t) for t in tokens)
+    while len(tokens) > 1:
+        tokens = reduce_once(tokens)
+    return tokens[0]
+
+
+def solve(formulas):
+    """{name: formula}, parents before children -> {name: value}."""
+    values = {}
+    for name, formula in formulas.items():
+        values[name] = evaluate(formula, values)
+    return values
+
+
+# ----------------------------------------------------------------------- 2. The structure graph: who has what
+def draw_widths(rng, size):
+    """How many items each layer has, lowest first, where `size` edges can connect them all."""
+    for _ in range(200):
+        widths = [rng.randint(2, 4) for _ in range(rng.randint(2, 4))]
+        pairs = list(zip(widths, widths[1:]))
+        if sum(map(max, pairs)) <= size <= sum(a * b for a, b in pairs):
+            return widths
+    return [min(size, 4), 1]  # a very small structure: one owner, `size` items
+
+
+def draw_structure(rng, size):
+    """Layers of named items and `size` edges between neighbouring layers -> (categories, edges).
+
+    Every item has at least one child (unless lowest) and one parent (unless highest), so that every implied
+    quantity is defined. edges: list of (owner, item), the *instance parameters* "each owner's item"."""
+    world = rng.choice(WORLDS)
+    widths = draw_widths(rng, size)
+    bottom = rng.randint(0, 4 - len(widths))
+    names = list(world)[bottom:bottom + len(widths)]
+    layers = [rng.sample(rng.choice(world[name]), width) for name, width in zip(names, widths)]
+    edges, spare = [], []
+    for lower, upper in zip(layers, layers[1:]):
+        items, owners = rng.sample(lower, len(lower)), rng.sample(upper, len(upper))
+        both = range(max(len(owners), len(items)))  # dealt like cards: the shorter row starts over
+        dealt = [(owners[i % len(owners)], items[i % len(items)]) for i in both]
+        edges += dealt
+        spare += [(owner, item) for owner in upper for item in lower if (owner, item) not in dealt]
+    edges += rng.sample(spare, max(0, min(size - len(edges), len(spare))))
+    return dict(zip(names, layers)), edges
+
+
+def quantity(owner, item):
+    return f"each {owner}'s {item}"
+
+
+def implied_nodes(categories, edges):
+    """Every *implied quantity* "each X's <Category>" that a structure graph defines: name -> Node.
+
+    No premise states it. If X's own items are of that category it is their sum; further down it is the sum
+    over X's items Y of (each X's Y) * (each Y's <Category>). Summands stand in the order of `categories`."""
+    names, layers = list(categories), list(categories.values())
+    edges, nodes = set(edges), {}
+    for level in range(1, len(layers)):
+        for owner in layers[level]:
+            items = [item for item in layers[level - 1] if (owner, item) in edges]
+            for below, category in enumerate(names[:level]):
+                formula, lower = [], []  # lower: the implied quantities that it takes from the layer below
+                for item in items:
+                    formula += ["+", quantity(owner, item)]
+                    if below < level - 1:
+                        lower.append(quantity(item, category))
+                        formula += ["*", lower[-1]]
+                if items and all(q in nodes for q in lower):
+                    name = quantity(owner, category)
+                    nodes[name] = Node(name, tuple(formula[1:]), "")  # without the first "+"
+    return nodes
+
+
+# -------------------------------------------------------- 3. The dependency graph: what is computed from what
+def listed(names):
+    """("A", "B", "C") -> "A, B and C"."""
+    return " and ".join(part for part in (", ".join(names[:-1]), *names[-1:]) if part)
+
+
+def describe(name, constant, link, kind, parents):
+    """What one premise says, as a Node: "[constant] [link] [the kind of] [parents]".
+
+    constant: int or None; link: "more than", "times" or ""; kind: "sum", "difference" or ""."""
+    body = tuple(t for p in parents for t in ("-" if kind == "difference" else "+", p))[1:]
+    if link == "more than":
+        formula = (constant, "+", *body)
+    elif link == "times":
+        formula = (constant, "*", "(", *body, ")") if kind else (constant, "*", *body)
+    else:
+        formula = body or (constant,)
+    words = f"the {kind} of {listed(parents)}" if kind else listed(parents)
+    text = " ".join(str(part) for part in (constant, link, words) if part not in (None, ""))
+    return Node(name, formula, text)
+
+
+def draw_premise(rng, name, parents, constant):
+    """A premise over these parents, with a written constant or without -> Node."""
+    kind = "" if len(parents) < 2 else "sum" if len(parents) > 2 else rng.choice(("sum", "difference"))
+    link = rng.choice(("more than", "times")) if constant and parents else ""
+    written = rng.randint(0, 9) if constant else None
+    return describe(name, written, link, kind, rng.sample(parents, len(parents)))
+
+
+def draw_needed(rng, edges, implied, ops):
+    """What the answer needs -> (order, {instance: (parents, whether a constant is written)}), or None.
+
+    In stages: (1) implied quantities with all that they rest on, (2) more instance parameters, (3) an order
+    with the edges that it takes, (4) in-degrees raised until the operations are exactly `ops`."""
+    limit = rng.randint((ops + 1) // 2, ops)  # what stages 1 and 2 may spend; stage 4 spends the rest
+    needed, spent = choose_needed(rng, [quantity(*edge) for edge in edges], implied, limit)
+    ordered = order_needed(rng, needed, implied, ops, spent)
+    return ordered and raise_degrees(rng, *ordered, ops)
+
+
+def choose_needed(rng, instances, implied, limit):
+    """Stages 1 and 2 -> (quantities, operations they cost at least)."""
+    needed, spent = [], 0
+    nodes = implied | {q: Node(q, (0,), "") for q in instances}  # an instance parameter costs at least 1
+    for name in rng.sample(list(implied), rng.randint(0, min(3, len(implied)))):
+        extra = [q for q in needed_nodes(nodes, name) if q not in needed]
+        cost = sum(nodes[q].operations for q in extra)
+        if spent + cost <= limit:
+            needed += extra
+            spent += cost
+    free = [q for q in instances if q not in needed]
+    more = rng.sample(free, min(len(free), max(limit - spent, 0 if needed else 1)))
+    return needed + more, spent + len(more)
+
+
+def order_needed(rng, waiting, implied, ops, spent):
+    """Stage 3: an order, drawn from the target backwards, in which every quantity serves a later one.
+
+    -> (order, {instance: parents}, operations spent), or None where a quantity finds nothing to serve.
+
+    On the farm above: Old Barn's Tin and Pine Crate must not be drawn before the implied Old Barn's Crate
+    that rests on them. Tall Barn's Tin Crate is drawn first, so it is the target. Then comes Old Barn's
+    Crate: nothing rests on it yet, so it becomes a parent of Tall Barn's Tin Crate. Last come Pine and Tin
+    Crate; they serve Old Barn's Crate already. Read backwards: Tin, Pine, Old Barn's Crate, target."""
+    unplaced_users = Counter(p for q in waiting if q in implied for p in implied[q].parents)
+    useful, parents, backwards = set(), {q: [] for q in waiting if q not in implied}, []
+    while waiting:
+        most = 3 if spent < ops else 2  # a second parent costs nothing, a third costs an operation
+        takers = [q for q in backwards if q in parents and len(parents[q]) < most]
+        ready = [q for q in waiting if not unplaced_users[q] and (q in useful or takers or not backwards)]
+        if not ready:
+            return None
+        drawn = rng.choice(ready)
+        if backwards and drawn not in useful:
+            taker = rng.choice(takers)
+            spent += len(parents[taker]) == 2
+            parents[taker].append(drawn)
+        if drawn in implied:
+            useful.update(implied[drawn].parents)
+            unplaced_users.subtract(implied[drawn].parents)
+        backwards.append(drawn)
+        waiting.remove(drawn)
+    return backwards[::-1], parents, spent
+
+
+def raise_degrees(rng, order, parents, spent, ops):
+    """Stage 4 -> what `draw_needed` returns, with exactly `ops` operations.
+
+    No in-degree exceeds 4. A node with in-degree 1 takes a second edge at no cost; every further one costs an
+    operation."""
+    constant = {q: not parents[q] for q in parents}
+    place = {q: i for i, q in enumerate(order)}
+    growing = [q for q in parents if place[q] > 0]
+    for q in growing:
+        if len(parents[q]) == 1 and rng.random() < 0.7:
+            constant[q] = True
+    while spent < ops:
+        if not growing:
+            return None
+        q = rng.choice(growing)
+        degree = len(parents[q]) + constant[q]
+        earlier = [p for p in order[:place[q]] if p not in parents[q]]
+        if degree == 4 or (not earlier and constant[q]):
+            growing.remove(q)
+            continue
+        if not constant[q] and (not earlier or rng.random() < 0.3):
+            constant[q] = True
+        else:
+            parents[q].append(rng.choice(earlier))
+        spent += degree >= 2
+    return order, {q: (parents[q], constant[q]) for q in parents}
+
+
+def draw_redundant(rng, edges, implied, order):
+    """The premises of the instance parameters that the answer does not need: name -> Node."""
+    pool, nodes = list(order), {}
+    rest = [q for q in (quantity(*edge) for edge in edges) if q not in order]
+    for q in rng.sample(rest, len(rest)):
+        degree = rng.choice((0, 1, 1, 2, 2, 3)) if pool else 0
+        chosen = rng.sample(pool, min(degree, len(pool)))
+        nodes[q] = draw_premise(rng, q, chosen, not chosen or (len(chosen) < 4 and rng.random() < 0.5))
+        pool.append(q)
+        known = set(pool)  # an implied quantity may serve once all that it rests on is described
+        pool += [a for a, node in implied.items() if a not in known and known.issuperset(node.parents)]
+    return nodes
+
+
+def add_implied(nodes, implied, wanted=()):
+    """Add to `nodes` the implied quantities that `wanted` or a premise names. KeyError: one is undefined."""
+    mentioned = [p for node in nodes.values() for p in node.parents] + list(wanted)
+    for name in mentioned:  # it grows on the way: an implied quantity can rest on implied ones
+        if name not in nodes:
+            nodes[name] = implied[name]
+            mentioned += implied[name].parents
+
+
+def too_large(values, target, max_answer, max_value):
+    """Why a draw with these values is rejected, or ""."""
+    if max_value and any(abs(value) >= max_value for value in values.values()):
+        return "a value too large"
+    return "answer too large" if abs(values[target]) >= max_answer else ""
+
+
+def draw_problem(rng, ops=(15, 20), max_answer=1000, max_value=None, size=None, tidy=False):
+    """One draw of the generator -> a Problem, or a string that says why the draw was rejected."""
+    wanted = rng.randint(*ops)
+    low = max(2, wanted // 2)
+    size = rng.randint(*size) if size else rng.randint(low, low + 6)
+    categories, edges = draw_structure(rng, size)
+    implied = implied_nodes(categories, edges)
+    graph = draw_needed(rng, edges, implied, wanted)
+    if graph is None:
+        return "no graph with so many operations"
+    order, drawn = graph
+    nodes = {q: draw_premise(rng, q, *drawn[q]) for q in drawn}
+    known = implied | nodes
+    values = solve({q: known[q].formula for q in order})
+    if reason := too_large(values, order[-1], max_answer, max_value):
+        return reason
+    nodes |= draw_redundant(rng, edges, implied, order)
+    add_implied(nodes, implied, order)
+    problem = Problem("", values[order[-1]], order[-1], nodes, ops=wanted, categories=categories)
+    return finish(problem, order, rng, tidy)
+
+
+# --------------------------------------------------------------------------------------- 4. The words of iGSM
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
-
-# Four worlds of four layers; each layer is a category with four groups of five names. A problem draws one
-# group a layer. Lowest layer first: a Farm has Barns, a Barn has Crates, a Crate has Fruit.
-WORLDS = [
-    {"Fruit": ["Red Apple, Green Pear, Yellow Quince, Purple Plum, Black Cherry",
-               "Sweet Mango, Ripe Papaya, Small Banana, Spiny Durian, Round Lychee",
-               "Blood Orange, Sour Lemon, Key Lime, Pink Pomelo, Bitter Grapefruit",
-               "Wild Strawberry, Blue Bilberry, White Currant, Dewy Blackberry, Golden Raspberry"],
-     "Crate": ["Tin Crate, Wicker Crate, Pine Crate, Cedar Crate, Steel Crate",
-               "Flat Tray, Deep Tray, Slotted Tray, Lined Tray, Waxed Tray",
-               "Willow Basket, Straw Basket, Wire Basket, Rope Basket, Birch Basket",
-               "Jute Sack, Linen Sack, Paper Sack, Cotton Sack, Hemp Sack"],
-     "Barn": ["Tall Barn, Old Barn, Stone Barn, Round Barn, Tarred Barn",
-              "North Shed, South Shed, East Shed, West Shed, Middle Shed",
-              "Upper Loft, Lower Loft, Dry Loft, Airy Loft, Hidden Loft",
-              "Cold Cellar, Vaulted Cellar, Brick Cellar, Dark Cellar, Long Cellar"],
-     "Farm": ["Willow Farm, Maple Farm, Juniper Farm, Hazel Farm, Rowan Farm",
-              "Brook Homestead, Meadow Homestead, Ridge Homestead, Glen Homestead, Heath Homestead",
-              "Sunny Orchard, Windy Orchard, Misty Orchard, Quiet Orchard, Frosty Orchard",
-              "Fox Croft, Hare Croft, Badger Croft, Otter Croft, Heron Croft"]},
-    {"Instrument": ["Brass Sextant, Pocket Compass, Star Globe, Depth Sounder, Signal Lamp",
-                    "Sea Chart, Tide Table, Log Book, Flag Code, Pilot Guide",
-                    "Ice Pick, Boat Hook, Splicing Awl, Caulking Iron, Sail Needle",
-                    "Tin Whistle, Squeeze Box, Bass Drum, Hand Bell, Fog Horn"],
-     "Cabin": ["Captain Cabin, Guest Cabin, Crew Cabin, Corner Cabin, Radio Cabin",
-               "Fore Hold, Aft Hold, Main Hold, Cargo Hold, Coal Hold",
-               "Ship Galley, Ship Pantry, Ship Bakery, Ship Infirmary, Ship Laundry",
-               "Chart Room, Map Room, Engine Room, Boiler Room, Pump Room"],
-     "Ship": ["Sea Swallow, Grey Pelican, White Albatross, Swift Petrel, Bold Cormorant",
-              "Iron Duchess, Jolly Baroness, Proud Countess, Merry Princess, Silent Empress",
-              "River Barge, Canal Barge, Coal Barge, Sand Barge, Timber Barge",
-              "Polar Trawler, Herring Trawler, Shrimp Trawler, Mackerel Trawler, Oyster Trawler"],
-     "Harbor": ["Amber Harbor, Coral Harbor, Quartz Harbor, Jade Harbor, Opal Harbor",
-                "Gull Bay, Seal Bay, Whale Bay, Crab Bay, Eel Bay",
-                "Lantern Quay, Anchor Quay, Barrel Quay, Customs Quay, Ferry Quay",
-                "Granite Wharf, Slate Wharf, Chalk Wharf, Basalt Wharf, Marble Wharf"]},
-    {"Book": ["Star Atlas, Road Atlas, World Atlas, Moon Atlas, Ocean Atlas",
-              "Ghost Story, Love Story, Short Story, Spy Story, Bedtime Story",
-              "Cook Book, Song Book, Hymn Book, Sketch Book, Phrase Book",
-              "Latin Grammar, Greek Grammar, Sanskrit Grammar, Gothic Grammar, Norse Grammar"],
-     "Shelf": ["Oak Shelf, Walnut Shelf, Beech Shelf, Ash Shelf, Ebony Shelf",
-               "Glass Case, Locked Case, Rolling Case, Carved Case, Narrow Case",
-               "Window Rack, Corridor Rack, Swivel Rack, Ladder Rack, Folding Rack",
-               "First Drawer, Second Drawer, Third Drawer, Fourth Drawer, Fifth Drawer"],
-     "Hall": ["Reading Hall, Music Hall, Lecture Hall, Echo Hall, Mirror Hall",
-              "Blue Salon, Crimson Salon, Ivory Salon, Olive Salon, Silver Salon",
-              "Winter Wing, Summer Wing, Spring Wing, Autumn Wing, Garden Wing",
-              "Newton Annex, Kepler Annex, Curie Annex, Darwin Annex, Noether Annex"],
-     "Library": ["City Library, Village Library, Harbor Library, Castle Library, Abbey Library",
-                 "Law Archive, Trade Archive, Royal Archive, Parish Archive, Naval Archive",
-                 "Hill College, Dale College, Marsh College, Fen College, Moor College",
-                 "Tower Collection, Bridge Collection, Gate Collection, Market Collection, Mill Collection"]},
-    {"Gem": ["Ruby Ring, Topaz Ring, Garnet Ring, Onyx Ring, Beryl Ring",
-             "Sapphire Brooch, Emerald Brooch, Amethyst Brooch, Agate Brooch, Citrine Brooch",
-             "Gold Coin, Copper Coin, Nickel Coin, Bronze Coin, Electrum Coin",
-             "Fern Fossil, Snail Fossil, Fish Fossil, Shark Fossil, Beetle Fossil"],
-     "Cabinet": ["Velvet Cabinet, Lacquer Cabinet, Rosewood Cabinet, Mahogany Cabinet, Bamboo Cabinet",
-                 "Tall Vitrine, Low Vitrine, Wall Vitrine, Table Vitrine, Island Vitrine",
-                 "Sealed Chest, Painted Chest, Studded Chest, Leather Chest, Banded Chest",
-                 "Rose Alcove, Lily Alcove, Tulip Alcove, Iris Alcove, Poppy Alcove"],
-     "Gallery": ["Ancient Gallery, Modern Gallery, Desert Gallery, Jungle Gallery, Arctic Gallery",
-                 "Lion Court, Tiger Court, Bear Court, Wolf Court, Eagle Court",
-                 "Marble Rotunda, Copper Rotunda, Glazed Rotunda, Painted Rotunda, Sunken Rotunda",
-                 "Alpha Room, Beta Room, Gamma Room, Delta Room, Sigma Room"],
-     "Museum": ["Mining Museum, Clock Museum, Railway Museum, Postal Museum, Science Museum",
-                "Lake Pavilion, Forest Pavilion, River Pavilion, Valley Pavilion, Summit Pavilion",
-                "Lotus Institute, Acorn Institute, Thistle Institute, Clover Institute, Laurel Institute",
-                "Ember Palace, Cinder Palace, Flint Palace, Spark Palace, Torch Palace"]},
-]
-WORLDS = [{category: [group.split(", ") for group in groups] for category, groups in world.items()} for world in WORLDS]
+ANSWER = "</think>\n<answer>\nThe final answer is \\boxed{{{value}}}.\n</answer>"
 
 
+class Step(NamedTuple):
+    """One line of an answer. A *reflection* is a step on a locked node: `missing` parents and no equation."""
+    node: str
+    letter: str
+    head: str           # "- Let x be the number of each Old Barn's Crate."
+    link: str = "Then"
+    analysis: str = ""  # the premise of the node, restated before the equation
+    subgoal: bool = False  # one operation per "="
+    missing: tuple = ()
+    equation: str = ""  # as it was read: "x = 5 + y = 5 + 3 = 8"
+
+
+def has_subgoals(text, task):
+    """Whether an equation is longer than the plain "letter = formula (= numbers, in iGSM) = value"."""
+    return text.count(" = ") > (3 if task.numbers else 2)
+
+
+@lru_cache(256)  # it is asked for the same few at every line of a question
+def pattern(template, **fields):
+    """The regular expression that reads back what `template.format(...)` wrote, a named group for each field.
+
+    fields: what each field may hold, as a regular expression; ".+" where none is given.
+
+    >>> pattern("Let {x} be the {name}", x="[a-z]")
+    'Let\\\\ (?P<x>[a-z])\\\\ be\\\\ the\\\\ (?P<name>.+)'
+    """
+    def group(field):
+        return f"(?P<{field[1]}>{fields.get(field[1], '.+')})"
+    return re.sub(r"\\{(\w+)\\}", group, re.escape(template))
+
+
+class IGSM:
+    """Grade-school problems: how each line is written and read back. PromptBench has the same attributes."""
+    draw = staticmethod(draw_problem)
+    options = ("ops", "size", "tidy", "max_answer", "max_value")  # what `draw` takes
+    record = ("ops", "categories")                                # the fields of a record that are its own
+
+    premise = "The number of {name} equals {text}."
+    question = "How many {item} does each {owner} have?"
+    step = "- "  # how a step's line starts
+    openings = ("- Let {x} be the number of {name}.",
+                "- The number of {name} is written {x}.",
+                "- Now call the number of {name} {x}.")
+    links = ("Then", "So")  # between the opening and the equation
+    stop = "."              # after the equation
+    analysis = "It equals {text}."
+    reflection = "But {missing} must be known first, so {x} has to wait."
+    letters = LETTERS       # each quantity has a letter of its own
+    numbers = True          # a plain equation shows the numbers that it adds up: x = y + z = 2 + 3 = 5
+
+    def ask(self, target):
+        """The question line that asks for a quantity."""
+        owner, item = target.removeprefix("each ").split("'s ")
+        return self.question.format(item=item, owner=owner)
+
+    def read_asked(self, line):
+        """The question line -> the name of the quantity that is asked for, or None."""
+        match = re.fullmatch(pattern(self.question), line)
+        return match and quantity(match["owner"], match["item"])
+
+    def names(self, categories):
+        """A regular expression for the quantities that are possible: "each <item>'s <item or category>"."""
+        def one_of(names):
+            return "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
+        layers = list(categories.values())
+        owners, owned = sum(layers[1:], []), sum(layers[:-1], list(categories)[:-1])
+        return rf"each (?:{one_of(owners)})'s (?:{one_of(owned)})(?![A-Za-z])"
+
+    def find_categories(self, question):
+        """The categories of a question in our own names, lowest layer first, as far as it mentions them."""
+        for world in WORLDS:
+            found = {}
+            for category, groups in world.items():
+                names = [name for name in sum(groups, []) if re.search(rf"\b{name}\b", question)]
+                if names:
+                    found[category] = names
+            if len(found) > 1 and re.search(self.names(found), question):
+                return found
+        raise ValueError("line 1: the names are not ours; give the question's categories as well")
+
+    def read_premise(self, line, names):
+        """A premise -> Node, or None."""
+        match = re.fullmatch(pattern(self.premise, name=names), line)
+        if not match:
+            return None
+        name, text = match["name"], match["text"]
+        said = re.match("(?:([0-9]{1,99})(?: (more than|times) )?)?(?:the (sum|difference) of )?", text)
+        constant, link, kind = int(said[1]) if said[1] else None, said[2] or "", said[3] or ""
+        parents = re.findall(names, text)
+        right_count = {"": len(parents) <= 1, "difference": len(parents) == 2, "sum": len(parents) >= 2}[kind]
+        linked = bool(link) == (constant is not None and bool(parents))
+        node = describe(name, constant, link, kind, parents)
+        return node if right_count and linked and node.text == text else None
+
+    def read_implied(self, nodes, categories):
+        """What the structure graph implies that these described quantities span: name -> Node."""
+        layers = list(categories.values())
+        pairs = [pair for lower, upper in zip(layers, layers[1:]) for pair in product(upper, lower)]
+        edges = [(owner, item) for owner, item in pairs if quantity(owner, item) in nodes]
+        return implied_nodes(categories, edges)
+
+    def read_line(self, text, names):
+        """A step's line -> Step, or None. It reads the released generator's wordings as well, in sentences:
+
+        the first quantity named is the node; "x = ..." in the last sentence is the equation, "it equals ..."
+        an analysis, another sentence that names quantities a reflection, any other belongs to the opening."""
+        quantities = re.findall(names, text)
+        if not quantities or re.search(r"<[0-9]+>", text):
+            return None
+        numbers = count()  # quantities become <0>, <1> ...: a name may hold letters, dots and spaces
+        masked = re.sub(names, lambda _: f"<{next(numbers)}>", text)
+
+        def unmask(text):
+            return re.sub(r"<([0-9]+)>", lambda match: quantities[int(match[1])], text)
+
+        first, *sentences = re.split(r"(?<=\.) ", masked)
+        head, link, analysis, equation, missing = [first], "", "", "", ()
+        for i, sentence in enumerate(sentences, 1):
+            match = re.fullmatch(r"(?:(.*?) )?([A-Za-z] = [^=].*)\.", sentence)
+            if match and i == len(sentences):
+                link, equation = match[1] or "", match[2]
+            elif match := re.fullmatch(r".*\b[Ii]t equals (.+)\.", sentence):
+                analysis = unmask(match[1])
+            elif "<" in sentence:
+                missing = tuple(quantities[int(k)] for k in re.findall(r"<([0-9]+)>", sentence))
+            else:
+                head.append(sentence)
+        letters = re.findall(r"(?<![\w'<])([A-Za-z])(?![\w'>])", " ".join(head))
+        letter = equation[:1] or (letters[0] if letters else "")
+        if not letter or (letters and letters[0] != letter) or bool(equation) == bool(missing):
+            return None
+        subgoal = has_subgoals(equation, self)
+        return Step(quantities[0], letter, unmask(" ".join(head)), link, analysis, subgoal, missing, equation)
+
+
+# ----------------------------------------------------------------- 5. The second task: PromptBench arithmetic
+# A tree: each inner node adds, subtracts or multiplies two nodes or squares one; every leaf is given. A
+# redundancy unit is a separate tree of two levels. Names serve as letters, and the equation goes straight to
+# its value: writing out the numbers in between is what subgoal computation adds.
+NAMES = ["".join(letters) for letters in product("abcdefgh", repeat=3)]  # no name is a word of the templates
+GIVEN = "The value of {x} is {value}"
+COMPUTED = (("+", "{x} gets its value by adding together the value of {a} and {b}"),
+            ("-", "{x} gets its value by subtracting the value of {b} from the value of {a}"),
+            ("*", "{x} gets its value by multiplying together the value of {a} and {b}"),
+            ("*", "{x} gets its value by squaring the value that {a} has"))
+
+
+def draw_tree(rng, depth, names, nodes):
+    """Add a random tree with `depth` levels to `nodes`, parents first -> the name of its root."""
+    name = names.pop()
+    if depth == 1:
+        value = rng.randint(1, 10)
+        nodes[name] = Node(name, (value,), GIVEN.format(x=name, value=value))
+        return name
+    symbol, template = rng.choice(COMPUTED)
+    a = draw_tree(rng, depth - 1, names, nodes)
+    b = draw_tree(rng, depth - 1, names, nodes) if "{b}" in template else a
+    nodes[name] = Node(name, (a, symbol, b), template.format(x=name, a=a, b=b))
+    return name
+
+
+def draw_promptbench(rng, depth=4, redundancy=(0, 8), max_answer=1000, max_value=None, names=len(NAMES)):
+    """One draw -> a Problem, or a string that says why it was rejected. names: how many names may occur."""
+    names, nodes, extra = rng.sample(NAMES[:names], names), {}, rng.randint(*redundancy)
+    target = draw_tree(rng, depth, names, nodes)
+    values = solve({name: node.formula for name, node in nodes.items()})
+    if reason := too_large(values, target, max_answer, max_value):
+        return reason
+    for _ in range(extra):
+        draw_tree(rng, 2, names, nodes)
+    problem = Problem("", values[target], target, nodes, task="promptbench", depth=depth, redundancy=extra,
+                      ops=sum(nodes[name].operations for name in values))
+    return finish(problem, list(values), rng)
+
+
+class PromptBench:
+    """PromptBench arithmetic; what each name means stands at IGSM."""
+    draw = staticmethod(draw_promptbench)
+    options = ("depth", "redundancy", "names", "max_answer", "max_value")
+    record = ("depth", "redundancy")
+
+    premise = "{text}."
+    question = "What is the value of {name}?"
+    step = "Let's solve "
+    openings = ("Let's solve {name},",)
+    links = ("",)
+    stop = ""
+    analysis = "given that {text},"
+    reflection = "but {missing} must be known first, so {x} has to wait."
+    letters = ""     # the names are letters enough
+    numbers = False  # aab = aac + aad = 5
+
+    line = re.compile(pattern(openings[0], name="[a-z]+")
+                      + f"(?: {pattern(analysis, text='[^,]+')})?"
+                      + " (?:(?P<equation>(?P=name) = [^,]+)|"
+                      + pattern(reflection, missing="[a-z]+(?: and [a-z]+)?", x="(?P=name)") + ")")
+
+    def ask(self, target):
+        return self.question.format(name=target)
+
+    def read_asked(self, line):
+        match = re.fullmatch(pattern(self.question, name="[a-z]+"), line)
+        return match and match["name"]
+
+    def names(self, categories):
+        return "[a-z]+"
+
+    def find_categories(self, question):
+        return {}
+
+    def read_premise(self, line, names):
+        text = line.removesuffix(".")
+        if match := re.fullmatch(pattern(GIVEN, x=names, value="-?[0-9]{1,99}") + r"\.", line):
+            return Node(match["x"], (int(match["value"]),), text)
+        for symbol, template in COMPUTED:
+            if match := re.fullmatch(pattern(template, x=names, a=names, b=names) + r"\.", line):
+                b = match["b"] if "{b}" in template else match["a"]
+                return Node(match["x"], (match["a"], symbol, b), text)
+        return None
+
+    def read_implied(self, nodes, categories):
+        return {}
+
+    def read_line(self, text, names):
+        match = self.line.fullmatch(text)
+        if not match:
+            return None
+        name, equation, missing = match["name"], match["equation"] or "", match["missing"]
+        return Step(name, name, self.openings[0].format(name=name), "", match["text"] or "",
+                    has_subgoals(equation, self), tuple(missing.split(" and ")) if missing else (), equation)
+
+
+TASKS = {"igsm": IGSM(), "promptbench": PromptBench()}
+REFLECTION, ANALYSIS = IGSM.reflection, IGSM.analysis
+
+
+# ------------------------------------------------------------------------ 6. Writing a problem and its answer
+def line_kind(line):
+    """What a line of an answer in our wording shows: "reflection", "analysis", "subgoal" or "" (none)."""
+    task = next((task for task in TASKS.values() if line.startswith(task.step)), None)
+    if task is None:
+        return ""
+    if line.endswith(task.reflection.rpartition("}")[2]):
+        return "reflection"
+    if task.analysis.partition("{")[0] in line:
+        return "analysis"
+    return "subgoal" if has_subgoals(line, task) else ""
+
+
+def open_step(problem, node, letter, rng):
+    """A step on `node` in one of the wordings."""
+    task = TASKS[problem.task]
+    return Step(node, letter, rng.choice(task.openings).format(x=letter, name=node), rng.choice(task.links))
+
+
+def new_letter(problem, node, taken, rng):
+    """A letter for a node that has none yet, or None where all are taken."""
+    free = [x for x in TASKS[problem.task].letters or [node] if x not in taken]
+    return rng.choice(free) if free else None
+
+
+def in_order(steps):
+    """The same steps in the tidy wording: one opening, one link, and letters a, b, c ... as they appear."""
+    letters = dict(zip(dict.fromkeys(step.node for step in steps), LETTERS))
+    return [step._replace(letter=letters[step.node], link=IGSM.links[0],
+                          head=IGSM.openings[1].format(x=letters[step.node], name=step.node))
+            for step in steps]
+
+
+def worded_like(original, edited):
+    """Edited steps, put into the tidy wording if the steps of the original answer are in it."""
+    return in_order(edited) if original == in_order(original) else edited
+
+
+def show(tokens):
+    """A formula as text: (9, "*", "(", 0, "-", 3, ")") -> "9 * (0 - 3)"."""
+    return " ".join(map(str, tokens)).replace("( ", "(").replace(" )", ")")
+
+
+def write_response(problem, steps):
+    """Steps -> the whole assistant turn (`<think>` ... `</answer>`)."""
+    task, letters, values, lines = TASKS[problem.task], {s.node: s.letter for s in steps}, {}, []
+    for step in steps:
+        parts = [step.head]
+        if step.analysis:
+            parts.append(task.analysis.format(text=step.analysis))
+        if step.missing:
+            parts.append(task.reflection.format(missing=listed(step.missing), x=step.letter))
+        else:
+            formula = problem.nodes[step.node].formula
+            numbers = tuple(values.get(t, t) for t in formula)
+            sides = [step.letter, show(letters.get(t, t) for t in formula)]
+            if step.subgoal or task.numbers:
+                sides.append(show(numbers))
+            while step.subgoal and len(numbers) > 1:
+                numbers = reduce_once(numbers)
+                sides.append(show(numbers))
+            values[step.node] = evaluate(numbers)
+            sides.append(str(values[step.node]))
+            parts.append(f"{step.link} {' = '.join(dict.fromkeys(sides))}{task.stop}".lstrip())
+        lines.append(" ".join(parts))
+    return "\n".join(["<think>", *lines, ANSWER.format(value=problem.answer)])
+
+
+def finish(problem, order, rng, tidy=False):
+    """Put a drawn problem into words: the question, and the plain answer that takes its steps in this order.
+
+    tidy: letters in order of appearance (a, b, c ...) and always the same wording."""
+    task = TASKS[problem.task]
+    lines = [task.premise.format(name=n.name, text=n.text) for n in problem.nodes.values() if n.text]
+    rng.shuffle(lines)
+    problem.question = "\n".join([*lines, task.ask(problem.target)])
+    letters = rng.sample(task.letters, len(order)) if task.letters else order
+    steps = [open_step(problem, q, x, rng) for q, x in zip(order, letters)]
+    problem.response = write_response(problem, in_order(steps) if tidy else steps)
+    return problem
+
+
+# --------------------------------------------------------------------------------- 7. Reading a question back
+LARGEST = 10**100  # no quantity may reach this: a hostile question that squares and squares would never end
+MOST_NODES = 400    # implied ones included: recursion over them stays far from Python's limit of 1,000 calls
+MOST_PARENTS = 100  # of one node; our own problems have at most 217 nodes, and 8 parents of one
+
+
+def read_question(question, categories=None):
+    """The problem's DAG from its text alone (Algorithm 1, line 1): a Problem without `response`.
+
+    categories: {category: [items]}, lowest layer first; None: found among our own names. Raises ValueError
+    naming the line where the text breaks the grammar, contradicts itself, leaves a quantity undefined or is
+    too large."""
+    *premises, asked = question.strip("\n").split("\n")
+    last = f"line {len(premises) + 1}"
+    name = next((name for name, task in TASKS.items() if task.read_asked(asked)), "igsm")
+    task, nodes = TASKS[name], {}
+    categories = categories or task.find_categories(question)
+    names = task.names(categories)
+    for number, line in enumerate(premises, 1):
+        node = task.read_premise(line, names)
+        if not node:
+            raise ValueError(f"line {number}: not a premise over the problem's names: '{line[:200]}'")
+        if node.name in nodes:
+            raise ValueError(f"line {number}: '{node.name}' is defined twice")
+        nodes[node.name] = node
+    target = task.read_asked(asked)
+    if not target:
+        raise ValueError(f"{last}: not a question: '{asked[:200]}'")
+    try:
+        add_implied(nodes, task.read_implied(nodes, categories), [target])
+    except KeyError as missing:
+        where = next((i for i, line in enumerate(premises, 1) if missing.args[0] in line), len(premises) + 1)
+        raise ValueError(f"line {where}: '{missing.args[0]}' is neither described nor implied") from None
+    values = read_values(nodes, last)
+    ops = sum(nodes[q].operations for q in needed_nodes(nodes, target))
+    return Problem(question, values[target], target, nodes, ops=ops, categories=categories, task=name)
+
+
+def read_values(nodes, where):
+    """Nodes that come from a text -> {name: value}. Raises ValueError, naming `where`, if they have none."""
+    if len(nodes) > MOST_NODES or any(node.degree > MOST_PARENTS for node in nodes.values()):
+        raise ValueError(f"{where}: over {MOST_NODES} quantities, or one computed from over {MOST_PARENTS}")
+    try:
+        order = needed_nodes(nodes, *nodes)
+    except ValueError as error:
+        raise ValueError(f"{where}: the premises run in a circle: {error}") from None
+    values = {}
+    for name in order:
+        values[name] = evaluate(nodes[name].formula, values)
+        if abs(values[name]) >= LARGEST:
+            raise ValueError(f"{where}: '{name}' grows beyond 10^100")
+    return values
+
+
+# -------------------------------------------------------------------------------------- 8. Checking an answer
+def read_lines(problem, response):
+    """(line number, Step) of each step line before </think>; None for Step where the line is malformed."""
+    task = TASKS[problem.task]
+    names = task.names(problem.categories)
+    for number, text in enumerate(response.partition("</think>")[0].split("\n"), 1):
+        if text.startswith(task.step):  # a line of many thousand characters is no step, and slow to search
+            yield number, task.read_line(text, names) if len(text) <= 5000 else None
+
+
+def read_steps(problem, response):
+    """The steps of an answer, to be edited and given to `write_response`. Raises ValueError with the line."""
+    steps = []
+    for number, step in read_lines(problem, response):
+        if step is None or step.node not in problem.nodes:
+            line = response.split("\n")[number - 1]
+            raise ValueError(f"line {number}: not a step: '{line[:200]}'")
+        steps.append(step)
+    return steps
+
+
+class Fault(NamedTuple):
+    line: int
+    kind: str    # "format", "order", "retrieval", "arithmetic" or "answer"
+    reason: str
+
+
+@dataclass
+class Report:
+    """What an answer does. error: its first fault; the counts stop there."""
+    error: Fault = None
+    steps: int = 0
+    reflections: int = 0
+    analyses: int = 0
+    subgoals: int = 0   # steps that carry out one operation per "=", beyond what the plain answer writes
+    redundant: int = 0  # steps that the answer does not need
+
+    @property
+    def ok(self):
+        return self.error is None
+
+
+class Mistake(Exception):
+    """Mistake(kind, reason): what ends a check."""
+
+
+OPERAND = "(?:-?[0-9]{1,100}|[A-Za-z]+)"
+SUM = f"{OPERAND}(?: [-+*] {OPERAND})*"
+BRACKET = rf"(?<![^ (])\({SUM}\)(?![^ )])"  # an innermost one; beside it only a space or a bracket
+
+
+def read_side(text):
+    """One side of an equation as tokens, or None: "9 * (0 - 3)" -> (9, "*", "(", 0, "-", 3, ")")."""
+    tokens = re.findall(r"-?[0-9]+|[A-Za-z]+|\S", text)
+    if len(tokens) >= 100:  # it would take long to evaluate
+        return None
+    for _ in range(text.count("(")):  # from the inside out, a bracket becomes a number in its place
+        text = re.sub(BRACKET, "0", text)
+    if not re.fullmatch(SUM, text):
+        return None
+    return tuple(int(t) if t[-1].isdigit() else t for t in tokens)
+
+
+def same_function(a, b):
+    """Whether two formulas agree as functions of their names, whatever their text.
+
+    An answer may write a premise's formula in another order, with other brackets or as another chain of
+    products: about one step in six of the released records differs from our rendering, and all are right.
+    Tried at two random points of 60-bit numbers, where different formulas agree with a chance below 1e-15."""
+    rng, names = Random(0), sorted({t for t in a + b if isinstance(t, str) and t not in SYMBOLS})
+    points = [{name: rng.getrandbits(60) for name in names} for _ in range(2)]
+    return all(evaluate(a, point) == evaluate(b, point) for point in points)
+
+
+def operations(tokens):
+    """How many operations a side leaves to do."""
+    return sum(t in ("+", "-", "*") for t in tokens)
+
+
+def check_equation(node, equation, letters, values, task, subgoal):
+    """The equation of a step on `node` -> (its value, whether it computes subgoals). Raises Mistake.
+
+    letters, values: name -> letter, name -> value of what is known; subgoal: it must carry out one operation
+    per "="."""
+    sides = [read_side(side) for side in equation.split(" = ")]
+    if None in sides or len(sides) < 2 or len(sides[-1]) > 1 or not isinstance(sides[-1][0], int):
+        raise Mistake("format", "the equation cannot be read")
+    solved = {letters[name]: name for name in values}
+    formula = tuple(solved.get(t, t) for t in sides[1])  # letters -> names
+    used = {t for t in formula if isinstance(t, str)} - set(SYMBOLS)
+    for t in formula:
+        if t in used and t not in values:
+            raise Mistake("format", f"the letter {t} has no value")
+    if used != set(node.parents) or not same_function(formula, node.formula):
+        raise Mistake("retrieval", f"{show(sides[1])} is not what the problem says of '{node.name}'")
+    numbers = sides[2:] if used else sides[1:]
+    if not numbers or any(isinstance(t, str) and t not in SYMBOLS for side in numbers for t in side):
+        raise Mistake("format", "letters and numbers are mixed")
+    if len(numbers) > 1 and numbers[0] != tuple(values.get(t, t) for t in formula):
+        raise Mistake("retrieval", "the numbers are not the values of the letters")
+    truth = evaluate(node.formula, values)
+    for side in numbers:
+        if evaluate(side) != truth:
+            raise Mistake("arithmetic", f"{show(side)} is not {truth}")
+    single = [operations(side) for side in numbers] == list(range(operations(formula), -1, -1))
+    if subgoal and not single:
+        raise Mistake("arithmetic", "more than one operation in an equality")
+    return truth, single and has_subgoals(equation, task)
+
+
+def check_line(problem, step, letters, values):
+    """Everything about a step but its equation. Raises Mistake."""
+    if step is None:
+        raise Mistake("format", "the line is not a step")
+    if step.node not in problem.nodes:
+        raise Mistake("retrieval", f"the problem does not define '{step.node}'")
+    node = problem.nodes[step.node]
+    if letters.get(node.name, step.letter) != step.letter:
+        raise Mistake("format", f"'{node.name}' was called {letters[node.name]} before")
+    if node.name not in letters and step.letter in letters.values():
+        raise Mistake("format", f"the letter {step.letter} is taken")
+    if step.analysis and step.analysis != node.text:
+        raise Mistake("retrieval", f"this is not the premise of '{node.name}'")
+    unsolved = [p for p in node.parents if p not in values]  # if there are any, the node is locked
+    if step.missing and not unsolved:
+        raise Mistake("order", f"a reflection on '{node.name}', which can be solved")
+    if step.missing and set(step.missing) != set(unsolved):
+        raise Mistake("order", "the reflection names other quantities than the unsolved parents of "
+                               f"'{node.name}'")
+    if not step.missing and node.name in values:
+        raise Mistake("order", f"'{node.name}' is solved already")
+    if not step.missing and unsolved:
+        raise Mistake("order", f"'{node.name}' comes before '{unsolved[0]}', which it needs")
+
+
+def check_trace(problem, response, subgoal=False):
+    """Walk an answer step by step -> Report with the first fault or the counts. No response makes it raise.
+
+    An answer is *sound* if there is no fault: every "=" is true; letters are new, known and consistent; a
+    node comes after its parents; a reflection stands on a locked node and names the parents that are
+    unsolved, all of them and only those; an analysis restates that node's own premise; with `subgoal`, each
+    "=" carries out one operation; the target is the last step; the boxed answer is right."""
+    if not problem.nodes:  # it comes from a file and was read without its graph
+        try:
+            problem = replace(read_question(problem.question, problem.categories), answer=problem.answer)
+        except ValueError as error:
+            return Report(Fault(0, "format", f"the question cannot be read: {error}"))
+    report, task, number = Report(), TASKS[problem.task], 0
+    needed = needed_nodes(problem.nodes, problem.target)
+    letters, values, last = {}, {}, None
+    try:
+        for number, step in read_lines(problem, response):
+            check_line(problem, step, letters, values)
+            letters[step.node] = step.letter
+            report.analyses += bool(step.analysis)
+            if step.missing:
+                report.reflections += 1
+                continue
+            node, last = problem.nodes[step.node], step.node
+            values[last], subgoals = check_equation(node, step.equation, letters, values, task, subgoal)
+            report.steps += 1
+            report.subgoals += subgoals
+            report.redundant += last not in needed
+        number = response.count("\n") + 1
+        if last != problem.target:
+            raise Mistake("order", "the last step is not the quantity that is asked for")
+        if read_answer(response) is None:
+            raise Mistake("format", "no single boxed integer inside <answer> after </think>")
+        if read_answer(response) != problem.answer:
+            raise Mistake("answer", f"the boxed answer is not {problem.answer}")
+    except Mistake as mistake:
+        report.error = Fault(number, *mistake.args)
+    return report
+
+
+def read_answer(response):
+    """The boxed integer of a response; None unless there is just one, in <answer></answer> after </think>.
+
+    The opening <think> may be missing, since the prompt ends with it."""
+    thought, closed, ending = response.strip().removeprefix("<think>").partition("</think>")
+    ending = ending.strip()
+    if not closed or any(tag in thought for tag in ("\\boxed", "<think>", "<answer>", "</answer>")):
+        return None
+    if not ending.startswith("<answer>") or not ending.endswith("</answer>"):
+        return None
+    body = ending[len("<answer>"):-len("</answer>")]
+    match = re.search(r"\\boxed\{(-?[0-9]{1,100})\}", body)
+    if not match or body.count("\\boxed") != 1 or any(tag in body for tag in ("think>", "answer>")):
+        return None
+    return int(match[1])
+
+
+def reward(response, answer):
+    """1.0 if the response ends in the right boxed integer (see `read_answer`), else 0.0."""
+    return float(read_answer(response) == answer)
+
+
+# ----------------------------------------------------------------------- 9. Many problems, none of them twice
+# Training, validation and test problems come from one generator. Their text keeps them apart: its hash says
+# which split a problem belongs to, and draws that belong to another split are dropped.
+SPLITS = {"train": range(0, 60), "val": range(60, 80), "test": range(80, 100)}  # fingerprint modulo 100
+CHUNK = 64  # draws that a worker makes at a time
+
+
+def fingerprint(question):
+    """64 bits of the sorted premises and the question line: the same problem in any order of premises."""
+    *premises, asked = question.split("\n")
+    text = "\n".join(sorted(premises) + [asked])
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def split_of(question):
+    """The split that a problem belongs to, whatever the seed and the order of its premises."""
+    return next(name for name, share in SPLITS.items() if fingerprint(question) % 100 in share)
+
+
+def draw_chunk(task, seed, split, options, start):
+    """Draws start ... start + 63 of a seed: for each (fingerprint, problem) or (None, why it was dropped)."""
+    results = []
+    for i in range(start, start + CHUNK):
+        rng = Random(seed << 40 | i)  # each draw has its own, so that any worker can make it
+        problem = TASKS[task].draw(rng, **options)
+        key = None if isinstance(problem, str) else fingerprint(problem.question)
+        if key is not None and split and key % 100 not in SPLITS[split]:
+            key, problem = None, "another split"
+        results.append((key, problem))
+    return results
+
+
+def draw_chunks(draw, workers):
+    """draw(0), draw(64), draw(128) ... without end, in this order, made by `workers` processes."""
+    starts = count(0, CHUNK)
+    if workers == 1:
+        yield from map(draw, starts)
+    with ProcessPoolExecutor(workers) as pool:
+        while True:  # in rounds, since `map` starts on all that it is given
+            yield from pool.map(draw, islice(starts, 16 * workers))
+
+
+def keep_distinct(chunks, rejected):
+    """The problems of these chunks, none twice; `rejected` counts why the others were dropped."""
+    seen, dry = set(), 0  # dry: draws since the last problem
+    for chunk in chunks:
+        for key, problem in chunk:
+            dry += 1
+            if key is None:
+                rejected[problem] += 1
+            elif key in seen:
+                rejected["a duplicate"] += 1
+            else:
+                seen.add(key)
+                dry = 0
+                yield problem
+        if dry > 20_000:
+            raise InputError(f"no new problem in {dry:,} draws (mostly: {rejected.most_common(1)[0][0]}): "
+                             "ask for fewer problems, more operations or a larger bound")
+
+
+def generate(task="igsm", ops=(15, 20), seed=0, split="train", workers=1, rejected=None, **options):
+    """Endless iterator of distinct problems; same arguments, same problems, whatever `workers`.
+
+    ops: (low, high) operations (igsm); split: a key of SPLITS, or None for all problems; rejected: a Counter
+    that collects why draws were dropped; options: what `draw_problem` (igsm) or `draw_promptbench` takes.
+    Raises InputError where nothing can be drawn."""
+    if task not in TASKS:
+        raise InputError(f"--task {task}: use {' or '.join(TASKS)}")
+    if split is not None and split not in SPLITS:
+        raise InputError(f"--split {split}: use {', '.join(SPLITS)}")
+    options = options | ({"ops": tuple(ops)} if task == "igsm" else {})
+    check_options(options)
+    chunks = draw_chunks(partial(draw_chunk, task, seed, split, options), workers)
+    return keep_distinct(chunks, Counter() if rejected is None else rejected)
+
+
+# ---------------------------------------------------------- 10. What every script needs: errors, flags, files
 class InputError(ValueError):
     """Something the user gave cannot be used. The message is one sentence: what, where, and what to do."""
 
@@ -163,15 +1070,64 @@ positive = number(float, 5e-324, math.inf, "a number above 0")
 not_negative = number(float, 0, math.inf, "a number of at least 0")
 share = number(float, 0, 1, "a number from 0 to 1")
 
+# What the embedded tiny model is trained on (README, "The default"), and the operations of its OOD test.
+TINY, TINY_OOD = dict(ops=(2, 4), max_value=100), (5, 6)
+RANGES = {"ops": (1, 30), "size": (2, 30), "depth": (1, 7), "redundancy": (0, 30), "names": (1, len(NAMES)),
+          "max_answer": (1, math.inf), "max_value": (1, math.inf)}  # what may be asked for
+
+
+def add_problem_flags(parser):
+    """The flags that say which problems are drawn, for all scripts that draw some; RANGES bounds them."""
+    add, pair = parser.add_argument, dict(type=int, nargs=2, metavar=("LO", "HI"))
+    add("--task", default="igsm", choices=list(TASKS), help="which kind of problem")
+    add("--ops", **pair, help="igsm: operations a problem; default: "
+        f"{TINY['ops'][0]} {TINY['ops'][1]}, with --max-value {TINY['max_value']}")
+    add("--size", **pair, help="igsm: premises a problem; default: follows the operations")
+    add("--tidy", action="store_true",
+        help="igsm: letters in order of appearance and one wording (a small model's answers)")
+    add("--depth", type=int, default=4, help="promptbench: levels of the tree")
+    add("--redundancy", **pair, default=(0, 8), help="promptbench: trees that serve nothing")
+    add("--names", type=int, default=len(NAMES), help="promptbench: how many names there are to draw from")
+    add("--max-answer", type=int, default=1000, help="drop problems with |answer| >= this")
+    add("--max-value", type=int,
+        help="drop problems where a value on the way is >= this (a small model's arithmetic)")
+
+
+def check_options(options):
+    """Raise InputError where options of `generate` ask for what cannot be drawn."""
+    for name, (low, high) in RANGES.items():
+        given = options.get(name)
+        numbers = [given] if isinstance(given, int) else list(given or ())
+        if numbers != sorted(numbers) or not all(low <= x <= high for x in numbers):
+            bounds = f"be at least {low}" if high == math.inf else f"lie in {low} ... {high}"
+            order = ", the lower number first" if len(numbers) > 1 else ""
+            raise InputError(f"--{name.replace('_', '-')} {show(numbers)}: must {bounds}{order}")
+    most = (2 ** options.get("depth", 4) - 1) + 3 * max(options.get("redundancy", (0, 8)))
+    if most > options.get("names", most):
+        raise InputError(f"--names {options['names']}: a problem of this depth and redundancy can hold "
+                         f"{most} quantities; raise it")
+
+
+def problem_options(args):
+    """Those flags, checked, as keyword arguments of `generate`. Without --ops: the tiny model's problems."""
+    options = {name: getattr(args, name) for name in TASKS[args.task].options}
+    if args.task == "igsm" and args.ops is None:
+        options["ops"] = TINY["ops"]
+        options["max_value"] = TINY["max_value"] if args.max_value is None else args.max_value
+    check_options(options)
+    return {"task": args.task} | options
+
 
 @contextmanager
 def replacing(path, mode="w"):
-    """A temporary file beside `path` that takes its place when the block ends without an error: a crash, a full disk or
-    Ctrl-C leaves the old file or the new one, never half a one. Raises InputError where it cannot be written."""
+    """A temporary file beside `path` that takes its place when the block ends without an error: a crash, a
+    full disk or Ctrl-C leaves the old file or the new one, never half a one. Raises InputError where it
+    cannot be written."""
     path, text = os.fspath(path), {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+    folder, name = os.path.split(path)
     temporary = None
     try:
-        handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path) or ".", prefix=os.path.basename(path), suffix=".tmp")
+        handle, temporary = tempfile.mkstemp(dir=folder or ".", prefix=name, suffix=".tmp")
         with os.fdopen(handle, mode, **text) as file:
             yield file
             file.flush()
@@ -186,948 +1142,27 @@ def replacing(path, mode="w"):
             os.remove(temporary)
 
 
-# ------------------------------------------------------------------------------------------ the graph
-SYMBOLS = ("+", "-", "*", "(", ")")
-LARGEST = 10**100  # no quantity may reach this: a hostile question that squares and squares would never end
-
-
-class Node(NamedTuple):
-    """One quantity. `formula` is a tuple of ints, names of parents and the symbols + - * ( )."""
-    name: str       # "each Old Barn's Crate"
-    formula: tuple  # (5, "*", "(", "each ...", "+", "each ...", ")")
-    text: str       # what its premise says of it: "5 times the sum of ..."; "" if the quantity is implied
-
-    @property
-    def parents(self):
-        return tuple(dict.fromkeys(t for t in self.formula if isinstance(t, str) and t not in SYMBOLS))
-
-    @property
-    def degree(self):
-        """In-degree, where a constant written in the premise counts as one in-edge."""
-        return sum(t not in SYMBOLS for t in self.formula)
-
-    @property
-    def operations(self):
-        return max(1, self.degree - 1)
-
-
-@dataclass
-class Problem:
-    question: str                 # premises, one a line, then the question line
-    answer: int
-    target: str                   # name of the node that is asked for
-    nodes: dict                   # name -> Node: described and implied, needed and redundant
-    response: str = ""            # <think> ... </think> <answer> ... </answer>
-    ops: int = 0                  # operations of the nodes that the answer needs
-    categories: dict = field(default_factory=dict)  # igsm: category -> items drawn, lowest layer first
-    task: str = "igsm"
-    id: object = None
-    depth: int = 0                # promptbench: levels of the tree, and how many trees it does not need
-    redundancy: int = 0
-
-
-def reduce_once(tokens):
-    """Carry out one operation: innermost bracket first, then * before + and -, then left to right.
-
-    >>> reduce_once((9, "*", "(", 0, "-", 3, ")"))
-    (9, '*', -3)
-    """
-    end = tokens.index(")") if ")" in tokens else len(tokens)
-    start = max((i for i in range(end) if tokens[i] == "("), default=-1) + 1
-    inner = tokens[start:end]
-    if len(inner) > 1:
-        at = inner.index("*") if "*" in inner else 1
-        a, symbol, b = inner[at - 1:at + 2]
-        value = a * b if symbol == "*" else a + b if symbol == "+" else a - b
-        inner = inner[:at - 1] + (value,) + inner[at + 2:]
-    if len(inner) == 1 and start:  # the bracket holds a single number now: drop it
-        return tokens[:start - 1] + inner + tokens[end + 1:]
-    return tokens[:start] + inner + tokens[end:]
-
-
-def evaluate(tokens, values=None):
-    """The value of a formula; `values` gives the names in it their numbers."""
-    if values is not None:
-        tokens = tuple(values.get(t, t) for t in tokens)
-    while len(tokens) > 1:
-        tokens = reduce_once(tokens)
-    return tokens[0]
-
-
-def needed_nodes(nodes, *targets):
-    """Names of the nodes that `targets` depend on, themselves included, parents before children."""
-    order, state, stack = [], {}, list(reversed(targets))
-    while stack:
-        name = stack[-1]
-        if state.get(name) == "done":
-            stack.pop()
-            continue
-        if name not in nodes:
-            raise ValueError(f"'{name}' is used but never defined")
-        waiting = [p for p in nodes[name].parents if state.get(p) != "done"]
-        if not waiting:
-            state[name] = "done"
-            order.append(name)
-        elif state.get(name) == "open":
-            raise ValueError(f"'{name}' depends on itself")
-        else:
-            state[name] = "open"
-            stack.extend(reversed(waiting))
-    return order
-
-
-# ----------------------------------------------------------------------------------- structure graph
-def draw_structure(rng, size):
-    """Layers of named items and `size` edges between neighbouring layers -> (categories, edges).
-
-    Every item has at least one child (unless lowest) and one parent (unless highest), so that every implied
-    quantity is defined. edges: list of (owner, item), the instance parameters "each owner's item"."""
-    world = rng.choice(WORLDS)
-    for _ in range(200):
-        widths = [rng.randint(2, 4) for _ in range(rng.randint(2, 4))]
-        pairs = list(zip(widths, widths[1:]))
-        if sum(map(max, pairs)) <= size <= sum(a * b for a, b in pairs):
-            break
-    else:  # a very small structure: one owner, `size` items
-        widths = [min(size, 4), 1]
-    bottom = rng.randint(0, 4 - len(widths))
-    names = list(world)[bottom:bottom + len(widths)]
-    layers = [rng.sample(rng.choice(world[name]), width) for name, width in zip(names, widths)]
-    edges, spare = [], []
-    for lower, upper in zip(layers, layers[1:]):
-        rows = [rng.sample(layer, len(layer)) for layer in (lower, upper)]
-        base = {(rows[1][i % len(upper)], rows[0][i % len(lower)]): 0 for i in range(max(len(upper), len(lower)))}
-        edges += base
-        spare += [(o, i) for o in upper for i in lower if (o, i) not in base]
-    edges += rng.sample(spare, max(0, min(size - len(edges), len(spare))))
-    return dict(zip(names, layers)), edges
-
-
-def quantity(owner, item):
-    return f"each {owner}'s {item}"
-
-
-def implied_nodes(categories, edges):
-    """Every "each X's <Category>" that a structure graph defines: name -> Node.
-
-    One layer down it is the sum of X's items of that category; further down, the sum over X's children Y of
-    (each X's Y) * (each Y's <Category>). Summands stand in the order in which `categories` lists them."""
-    names, layers = list(categories), list(categories.values())
-    edges, nodes = set(edges), {}
-    for level in range(1, len(layers)):
-        for owner in layers[level]:
-            children = [y for y in layers[level - 1] if (owner, y) in edges]
-            for below in range(level):
-                formula = []
-                for y in children:
-                    formula += ["+", quantity(owner, y)]
-                    if below < level - 1:
-                        formula += ["*", quantity(y, names[below])]
-                name = quantity(owner, names[below])
-                if formula and all(p in nodes for p in formula[3::4] if below < level - 1):
-                    nodes[name] = Node(name, tuple(formula[1:]), "")
-    return nodes
-
-
-# ---------------------------------------------------------------------------------- dependency graph
-def listed(names):
-    """("A", "B", "C") -> "A, B and C"."""
-    return " and ".join(part for part in (", ".join(names[:-1]), *names[-1:]) if part)
-
-
-class Rule(NamedTuple):
-    """What one premise says: [constant] [more than | times] [a quantity | the sum of ... | the difference of ...]"""
-    constant: object  # int or None
-    link: str         # "more than", "times" or ""
-    kind: str         # "sum", "difference" or ""
-    parents: tuple
-
-    def formula(self):
-        body = tuple(t for p in self.parents for t in ("-" if self.kind == "difference" else "+", p))[1:]
-        if not self.link:
-            return body or (self.constant,)
-        if self.link == "more than":
-            return (self.constant, "+") + body
-        return (self.constant, "*") + (("(",) + body + (")",) if self.kind else body)
-
-    def text(self):
-        body = f"the {self.kind} of {listed(self.parents)}" if self.kind else listed(self.parents)
-        return " ".join(part for part in ("" if self.constant is None else str(self.constant), self.link, body) if part)
-
-
-def draw_rule(rng, parents, constant):
-    """A premise over these parents, with a written constant or without."""
-    kind = "" if len(parents) < 2 else "sum" if len(parents) > 2 else rng.choice(("sum", "difference"))
-    link = rng.choice(("more than", "times")) if constant and parents else ""
-    return Rule(rng.randint(0, 9) if constant else None, link, kind, tuple(rng.sample(parents, len(parents))))
-
-
-def draw_needed(rng, edges, implied, ops):
-    """The part of the dependency graph that the answer needs -> (order, {instance: (parents, constant)}) or None.
-
-    In stages: (1) implied quantities with all that they rest on, (2) more instance parameters, (3) an order with
-    the edges that it takes, (4) in-degrees raised until the operations are exactly `ops`."""
-    limit = rng.randint((ops + 1) // 2, ops)  # what stages 1 and 2 may spend; stage 4 spends the rest
-    needed, spent = choose_needed(rng, [quantity(*edge) for edge in edges], implied, limit)
-    ordered = order_needed(rng, needed, implied, ops, spent)
-    return ordered and raise_degrees(rng, *ordered, ops)
-
-
-def choose_needed(rng, instances, implied, limit):
-    """Stages 1 and 2 -> (quantities, operations they cost at least)."""
-    needed, spent = {}, 0
-    described = {q: Node(q, (0,), "") for q in instances}
-    for name in rng.sample(list(implied), rng.randint(0, min(3, len(implied)))):
-        extra = [q for q in needed_nodes(implied | described, name) if q not in needed]
-        cost = sum(implied[q].operations if q in implied else 1 for q in extra)
-        if spent + cost <= limit:
-            needed.update(dict.fromkeys(extra))
-            spent += cost
-    free = [q for q in instances if q not in needed]
-    more = rng.sample(free, min(len(free), max(limit - spent, 0 if needed else 1)))
-    return [*needed, *more], spent + len(more)
-
-
-def order_needed(rng, waiting, implied, ops, spent):
-    """Stage 3: an order drawn from the target backwards, so that every quantity serves a later one.
-
-    -> (order, {instance: parents}, operations spent), or None where a quantity finds nothing to serve."""
-    users = Counter(p for q in waiting if q in implied for p in implied[q].parents)  # implied ones not placed yet
-    served, parents, reverse = set(), {q: [] for q in waiting if q not in implied}, []
-    while waiting:
-        open_slots = [q for q in reverse if q in parents and (len(parents[q]) < 2 or (len(parents[q]) < 3 and spent < ops))]
-        ready = [q for q in waiting if not users[q] and (q in served or open_slots or not reverse)]
-        if not ready:
-            return None
-        q = rng.choice(ready)
-        if reverse and q not in served:
-            child = rng.choice(open_slots)
-            spent += len(parents[child]) >= 2
-            parents[child].append(q)
-        for p in implied[q].parents if q in implied else ():
-            users[p] -= 1
-            served.add(p)
-        reverse.append(q)
-        waiting.remove(q)
-    return reverse[::-1], parents, spent
-
-
-def raise_degrees(rng, order, parents, spent, ops):
-    """Stage 4 -> (order, {instance: (parents, constant)}) with exactly `ops` operations, in-degree at most 4, or None.
-
-    A node with in-degree 1 takes a second edge at no cost; every further one costs an operation."""
-    constant = {q: not parents[q] for q in parents}
-    place = {q: i for i, q in enumerate(order)}
-    growing = [q for q in parents if place[q] > 0]
-    for q in growing:
-        if len(parents[q]) == 1 and rng.random() < 0.7:
-            constant[q] = True
-    while spent < ops:
-        if not growing:
-            return None
-        q = rng.choice(growing)
-        degree = len(parents[q]) + constant[q]
-        earlier = [p for p in order[:place[q]] if p not in parents[q]]
-        if degree == 4 or (not earlier and constant[q]):
-            growing.remove(q)
-            continue
-        if not constant[q] and (not earlier or rng.random() < 0.3):
-            constant[q] = True
-        else:
-            parents[q].append(rng.choice(earlier))
-        spent += degree >= 2
-    return order, {q: (parents[q], constant[q]) for q in parents}
-
-
-def draw_redundant(rng, edges, implied, order):
-    """Rules for the instance parameters that the answer does not need, so that all are described."""
-    pool, rules = list(order), {}
-    rest = [q for q in (quantity(*edge) for edge in edges) if q not in order]
-    for q in rng.sample(rest, len(rest)):
-        degree = rng.choice((0, 1, 1, 2, 2, 3)) if pool else 0
-        chosen = rng.sample(pool, min(degree, len(pool)))
-        rules[q] = draw_rule(rng, chosen, not chosen or (len(chosen) < 4 and rng.random() < 0.5))
-        pool.append(q)
-        known = set(pool)  # an implied quantity may serve once all that it rests on is described
-        pool += [a for a, node in implied.items() if a not in known and known.issuperset(node.parents)]
-    return rules
-
-
-def draw_problem(rng, ops=(15, 20), max_answer=1000, max_value=None, size=None, tidy=False):
-    """One draw of the generator -> a Problem, or a string that says why the draw was rejected."""
-    wanted = rng.randint(*ops)
-    low = max(2, wanted // 2)
-    size = rng.randint(*size) if size else rng.randint(low, low + 6)
-    categories, edges = draw_structure(rng, size)
-    implied = implied_nodes(categories, edges)
-    graph = draw_needed(rng, edges, implied, wanted)
-    if graph is None:
-        return "no graph with so many operations"
-    order, drawn = graph
-    rules = {q: draw_rule(rng, *drawn[q]) for q in drawn}
-    # Numbers before words: most rejected draws never become text.
-    values = solve({q: rules[q].formula() if q in rules else implied[q].formula for q in order})
-    if reason := too_large(values, order[-1], max_answer, max_value):
-        return reason
-    rules.update(draw_redundant(rng, edges, implied, order))
-    nodes = {q: Node(q, rule.formula(), rule.text()) for q, rule in rules.items()}
-    add_implied(nodes, implied, order)
-    return finish(Problem("", values[order[-1]], order[-1], nodes, ops=wanted, categories=categories), order, rng, tidy)
-
-
-def solve(formulas):
-    """{name: formula}, parents before children -> {name: value}."""
-    values = {}
-    for name, formula in formulas.items():
-        values[name] = evaluate(formula, values)
-    return values
-
-
-def too_large(values, target, max_answer, max_value):
-    """Why a draw with these values is rejected, or ""."""
-    if max_value and any(abs(value) >= max_value for value in values.values()):
-        return "a value too large"
-    return "answer too large" if abs(values[target]) >= max_answer else ""
-
-
-def add_implied(nodes, implied, wanted=()):
-    """Add to `nodes` the implied quantities that `wanted` or a premise names. Raises KeyError for one that is neither."""
-    mentioned = [p for node in nodes.values() for p in node.parents] + list(wanted)
-    for name in mentioned:  # it grows on the way: an implied quantity can rest on implied ones
-        if name not in nodes:
-            nodes[name] = implied[name]
-            mentioned += implied[name].parents
-
-
-# ---------------------------------------------------------------------------------------------- text
-PREMISE = "The number of {name} equals {text}."
-QUESTION = "How many {item} does each {owner} have?"
-OPENINGS = ("- Let {x} be the number of {name}.",
-            "- The number of {name} is written {x}.",
-            "- Now call the number of {name} {x}.")
-LINKS = ("Then", "So")
-TIDY_OPENING = OPENINGS[1]
-ANALYSIS = "It equals {text}."
-REFLECTION = "But {missing} must be known first, so {x} has to wait."
-ANSWER = "</think>\n<answer>\nThe final answer is \\boxed{{{value}}}.\n</answer>"
-
-
-def ask(target):
-    owner, item = target.removeprefix("each ").split("'s ")
-    return QUESTION.format(item=item, owner=owner)
-
-
-def finish(problem, order, rng, tidy=False):
-    """Put a drawn problem into words: the question, and the vanilla answer that takes its steps in this order.
-
-    tidy: letters in order of appearance (a, b, c ...) and always the same wording."""
-    words = TASKS[problem.task]
-    lines = [words.premise.format(name=n.name, text=n.text) for n in problem.nodes.values() if n.text]
-    rng.shuffle(lines)
-    problem.question = "\n".join([*lines, words.ask(problem.target)])
-    letters = rng.sample(words.alphabet, len(order)) if words.alphabet else order
-    steps = [open_step(problem, q, x, rng) for q, x in zip(order, letters)]
-    problem.response = write_response(problem, in_order(steps) if tidy else steps)
-    return problem
-
-
-class Step(NamedTuple):
-    """One line of an answer. A reflection is a step with `missing` parents and no equation."""
-    node: str
-    letter: str
-    head: str               # "- Let x be the number of each Old Barn's Crate."
-    link: str = "Then"
-    analysis: object = False  # restate the premise before the equation; when read, what was restated
-    subgoal: bool = False   # one operation per "="
-    missing: tuple = ()
-    equation: str = ""      # as it was read: "x = 5 + y = 5 + 3 = 8"
-
-
-def new_letter(problem, node, taken, rng):
-    """A letter for a node that has none yet, or None where all are taken."""
-    free = [x for x in TASKS[problem.task].alphabet or [node] if x not in taken]
-    return rng.choice(free) if free else None
-
-
-def open_step(problem, node, letter, rng):
-    """A step on `node` in one of the wordings."""
-    words = TASKS[problem.task]
-    return Step(node, letter, rng.choice(words.openings).format(x=letter, name=node), rng.choice(words.links))
-
-
-def in_order(steps):
-    """The same steps in the tidy wording, with the letters a, b, c ... in order of appearance."""
-    letters = dict(zip(dict.fromkeys(step.node for step in steps), LETTERS))
-    return [step._replace(letter=letters[step.node], link="Then",
-                          head=TIDY_OPENING.format(x=letters[step.node], name=step.node)) for step in steps]
-
-
-def is_tidy(steps):
-    """Whether an answer is worded so already: when it is edited, the edited one should be, too."""
-    return bool(steps) and steps == in_order(steps)
-
-
-def show(tokens):
-    """A formula as text: (9, "*", "(", 0, "-", 3, ")") -> "9 * (0 - 3)"."""
-    return " ".join(map(str, tokens)).replace("( ", "(").replace(" )", ")")
-
-
-def write_response(problem, steps):
-    """Steps -> the whole assistant turn (`<think>` ... `</answer>`)."""
-    words, letters, values, lines = TASKS[problem.task], {s.node: s.letter for s in steps}, {}, []
-    for step in steps:
-        node, parts = problem.nodes[step.node], [step.head]
-        if step.analysis:
-            parts.append(words.analysis.format(name=node.name, text=node.text))
-        if step.missing:
-            parts.append(words.reflection.format(missing=listed(step.missing), x=step.letter))
-        else:
-            numbers = tuple(values.get(t, t) for t in node.formula)
-            sides = [step.letter, show(letters.get(t, t) for t in node.formula)]
-            if step.subgoal or words.numbers:
-                sides.append(show(numbers))
-            while step.subgoal and len(numbers) > 1:
-                numbers = reduce_once(numbers)
-                sides.append(show(numbers))
-            values[step.node] = evaluate(numbers)
-            sides.append(str(values[step.node]))
-            parts.append(f"{step.link} {' = '.join(dict.fromkeys(sides))}{words.stop}".lstrip())
-        lines.append(" ".join(parts))
-    return "\n".join(["<think>", *lines, ANSWER.format(value=problem.answer)])
-
-
-# ------------------------------------------------------------------------------- reading a question back
-def name_pattern(categories):
-    """A regular expression for the quantities that these names can form: "each <item>'s <item or category>"."""
-    longest = lambda names: "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
-    layers = list(categories.values())
-    owners, owned = sum(layers[1:], []), sum(layers[:-1], list(categories)[:-1])
-    return re.compile(rf"each (?:{longest(owners)})'s (?:{longest(owned)})(?![A-Za-z])")
-
-
-def find_categories(question):
-    """The categories of a question in our own names: one world, lowest layer first, as far as it is mentioned."""
-    for world in WORLDS:
-        found = {c: [i for group in groups for i in group if re.search(rf"\b{i}\b", question)] for c, groups in world.items()}
-        found = {c: items for c, items in found.items() if items}
-        if len(found) > 1 and name_pattern(found).search(question):
-            return found
-    raise ValueError("line 1: the names are not ours; give the question's categories as well")
-
-
-def read_rule(text, pattern):
-    """The text after "equals" -> Rule, or None where it breaks the premise grammar."""
-    match = re.match(r"(?:([0-9]{1,99})(?: (more than|times) )?)?(?:the (sum|difference) of )?", text)
-    parents = tuple(pattern.findall(text))
-    rule = Rule(int(match[1]) if match[1] else None, match[2] or "", match[3] or "", parents)
-    right_count = {"": len(parents) <= 1, "difference": len(parents) == 2, "sum": len(parents) >= 2}[rule.kind]
-    linked = bool(rule.link) == (rule.constant is not None and bool(parents))
-    return rule if right_count and linked and rule.text() == text else None
-
-
-def read_premise(line, pattern):
-    """A premise -> Node, or None."""
-    match = re.fullmatch(rf"The number of ({pattern.pattern}) equals (.+)\.", line)
-    rule = match and read_rule(match[2], pattern)
-    return rule and Node(match[1], rule.formula(), match[2])
-
-
-def read_asked(line):
-    """The question line -> the name of the quantity that is asked for, or None."""
-    match = re.fullmatch(r"How many (.+) does each (.+) have\?", line)
-    return match and quantity(match[2], match[1])
-
-
-def read_implied(nodes, categories):
-    """What the structure graph implies that these described quantities span."""
-    layers = list(categories.values())
-    edges = [(o, i) for lower, upper in zip(layers, layers[1:]) for o in upper for i in lower if quantity(o, i) in nodes]
-    return implied_nodes(categories, edges)
-
-
-def read_question(question, categories=None):
-    """The problem's DAG from its text alone (Algorithm 1, line 1): a Problem without `response`.
-
-    categories: {category: [items]}, lowest layer first; None: found among our own names. Raises ValueError
-    naming the line where the text breaks the grammar, contradicts itself, or leaves a quantity undefined."""
-    *premises, asked = question.strip("\n").split("\n")
-    task = next((name for name, words in TASKS.items() if words.read_asked(asked)), "igsm")
-    words, nodes = TASKS[task], {}
-    if task == "igsm" and not categories:
-        categories = find_categories(question)
-    pattern = words.names(categories)
-    for number, line in enumerate(premises, 1):
-        node = words.read_premise(line, pattern)
-        if not node:
-            raise ValueError(f"line {number}: not a premise over the problem's names: '{line[:200]}'")
-        if node.name in nodes:
-            raise ValueError(f"line {number}: '{node.name}' is defined twice")
-        nodes[node.name] = node
-    last, target = f"line {len(premises) + 1}", words.read_asked(asked)
-    if not target:
-        raise ValueError(f"{last}: not a question: '{asked[:200]}'")
-    try:
-        add_implied(nodes, words.read_implied(nodes, categories), [target])
-    except KeyError as missing:
-        where = next((i for i, line in enumerate(premises, 1) if missing.args[0] in line), last[5:])
-        raise ValueError(f"line {where}: '{missing.args[0]}' is neither described nor implied") from None
-    try:
-        order = needed_nodes(nodes, *nodes)
-    except ValueError as error:
-        raise ValueError(f"{last}: the premises run in a circle: {error}") from None
-    values = {}
-    for name in order:
-        values[name] = evaluate(nodes[name].formula, values)
-        if abs(values[name]) >= LARGEST:
-            raise ValueError(f"{last}: '{name}' grows beyond 10^100")
-    ops = sum(nodes[q].operations for q in needed_nodes(nodes, target))
-    return Problem(question, values[target], target, nodes, ops=ops, categories=categories or {}, task=task)
-
-
-# ------------------------------------------------------------------------------------ checking an answer
-def read_line(text, pattern):
-    """One line starting with "- " -> Step, or None. Works for our wording and for the released generator's."""
-    names = []
-
-    def mask(match):  # quantities leave the text first: names may hold letters, dots and spaces
-        names.append(match[0])
-        return f"<{len(names) - 1}>"
-
-    def unmask(text):
-        return re.sub(r"<([0-9]+)>", lambda match: names[int(match[1])], text)
-
-    masked = pattern.sub(mask, text)
-    if not names or re.search(r"<[0-9]+>", text):
-        return None
-    first, *sentences = re.split(r"(?<=\.) ", masked)
-    head, link, analysis, equation, missing = [first], "", "", "", ()
-    for i, sentence in enumerate(sentences, 1):
-        match = re.fullmatch(r"(?:(.*?) )?([A-Za-z] = [^=].*)\.", sentence)
-        if match and i == len(sentences):
-            link, equation = match[1] or "", match[2]
-        elif match := re.fullmatch(r".*\b[Ii]t equals (.+)\.", sentence):
-            analysis = unmask(match[1])
-        elif "<" in sentence:
-            missing = tuple(names[int(k)] for k in re.findall(r"<([0-9]+)>", sentence))
-        else:
-            head.append(sentence)
-    letters = re.findall(r"(?<![\w'<])([A-Za-z])(?![\w'>])", " ".join(head))
-    letter = equation[:1] or (letters[0] if letters else "")
-    if not letter or (letters and letters[0] != letter) or bool(equation) == bool(missing):
-        return None
-    return Step(names[0], letter, unmask(" ".join(head)), link, analysis, equation.count(" = ") > 3, missing, equation)
-
-
-def read_lines(problem, response):
-    """(line number, Step or None) for each step line before </think>; None: it starts like a step but is none."""
-    words = TASKS[problem.task]
-    pattern = words.names(problem.categories)
-    for number, text in enumerate(response.partition("</think>")[0].split("\n"), 1):
-        if text.startswith(words.step):  # a line of many thousand characters is no step and would take long to search
-            yield number, words.read_line(text, pattern) if len(text) <= 5000 else None
-
-
-def read_steps(problem, response):
-    """The steps of an answer, ready to be edited and handed to `write_response`. Raises ValueError with the line."""
-    steps = []
-    for number, step in read_lines(problem, response):
-        if step is None or step.node not in problem.nodes:
-            line = response.split("\n")[number - 1]
-            raise ValueError(f"line {number}: not a step: '{line[:200]}'")
-        steps.append(step)
-    return steps
-
-
-class Fault(NamedTuple):
-    line: int
-    kind: str    # "format", "order", "retrieval", "arithmetic" or "answer"
-    reason: str
-
-
-@dataclass
-class Report:
-    """What an answer does. error: its first fault; the counts stop there."""
-    error: Fault = None
-    steps: int = 0
-    reflections: int = 0
-    analyses: int = 0
-    subgoals: int = 0   # steps whose equation carries out one operation per "=", beyond what the plain one writes
-    redundant: int = 0  # steps that the answer does not need
-
-    @property
-    def ok(self):
-        return self.error is None
-
-
-class Mistake(Exception):
-    """Mistake(kind, reason): what ends a check."""
-
-
-def read_side(text):
-    """One side of an equation as tokens ("9 * (0 - 3)" -> (9, "*", "(", 0, "-", 3, ")")), or None if malformed."""
-    spaced = text.replace("(", "( ").replace(")", " )").split(" ")
-    tokens = tuple(int(t) if re.fullmatch(r"-?[0-9]{1,100}", t) else t for t in spaced)
-    depth, operand = 0, True  # operand: an operand (or an opening bracket) must come next
-    for t in tokens:
-        if t in ("+", "-", "*", ")"):
-            depth -= t == ")"
-            if operand or depth < 0:
-                return None
-            operand = t != ")"
-        elif not operand or not (t == "(" or isinstance(t, int) or re.fullmatch("[A-Za-z]+", t)):
-            return None
-        else:
-            depth += t == "("
-            operand = t == "("
-    return tokens if not depth and not operand and len(tokens) < 100 else None  # longer ones take long to evaluate
-
-
-def same_function(a, b):
-    """Whether two formulas agree as functions of their names (at two random points: chance of error < 1e-15)."""
-    rng, names = Random(0), sorted({t for t in a + b if isinstance(t, str) and t not in SYMBOLS})
-    points = [{name: rng.getrandbits(60) for name in names} for _ in range(2)]
-    return all(evaluate(a, point) == evaluate(b, point) for point in points)
-
-
-def check_equation(node, equation, letters, values, numbered, subgoal):
-    """The equation of a step on `node` -> (its value, whether it computes a subgoal). Raises Mistake.
-
-    letters, values: name -> letter, name -> value of what is known; numbered: whether a plain equation of this task
-    shows the numbers that it adds up."""
-    sides = [read_side(side) for side in equation.split(" = ")]
-    if None in sides or len(sides) < 2 or not isinstance(sides[-1][0], int) or len(sides[-1]) > 1:
-        raise Mistake("format", "the equation cannot be read")
-    solved = {letters[name]: name for name in values}
-    formula = tuple(solved.get(t, t) for t in sides[1])
-    used = {t for t in formula if isinstance(t, str)} - set(SYMBOLS)
-    for t in formula:
-        if t in used and t not in values:
-            raise Mistake("format", f"the letter {t} has no value")
-    if used != set(node.parents) or not same_function(formula, node.formula):
-        raise Mistake("retrieval", f"{show(sides[1])} is not what the problem says of '{node.name}'")
-    numbers = sides[2:] if used else sides[1:]
-    if not numbers or any(isinstance(t, str) and t not in SYMBOLS for side in numbers for t in side):
-        raise Mistake("format", "letters and numbers are mixed")
-    if len(numbers) > 1 and numbers[0] != tuple(values.get(t, t) for t in formula):
-        raise Mistake("retrieval", "the numbers are not the values of the letters")
-    truth = evaluate(node.formula, values)
-    for side in numbers:
-        if evaluate(side) != truth:
-            raise Mistake("arithmetic", f"{show(side)} is not {truth}")
-    left = [sum(t in ("+", "-", "*") for t in side) for side in numbers]  # operations left to do on each side
-    single = all(a - b == 1 for a, b in zip(left, left[1:])) and left[0] == sum(t in ("+", "-", "*") for t in formula)
-    if subgoal and not single:
-        raise Mistake("arithmetic", "more than one operation in an equality")
-    return truth, single and len(left) > 1 + numbered
-
-
-def check_line(problem, line, letters, values):
-    """Everything about a step but its equation. Raises Mistake."""
-    if line is None:
-        raise Mistake("format", "the line is not a step")
-    if line.node not in problem.nodes:
-        raise Mistake("retrieval", f"the problem does not define '{line.node}'")
-    node = problem.nodes[line.node]
-    if letters.get(node.name, line.letter) != line.letter:
-        raise Mistake("format", f"'{node.name}' was called {letters[node.name]} before")
-    if node.name not in letters and line.letter in letters.values():
-        raise Mistake("format", f"the letter {line.letter} is taken")
-    if line.analysis and line.analysis != node.text:
-        raise Mistake("retrieval", f"this is not the premise of '{node.name}'")
-    locked = [p for p in node.parents if p not in values]
-    if line.missing and not locked:
-        raise Mistake("order", f"a reflection on '{node.name}', which can be solved")
-    if line.missing and set(line.missing) != set(locked):
-        raise Mistake("order", f"the reflection names other quantities than the unsolved parents of '{node.name}'")
-    if not line.missing and node.name in values:
-        raise Mistake("order", f"'{node.name}' is solved already")
-    if not line.missing and locked:
-        raise Mistake("order", f"'{node.name}' comes before '{locked[0]}', which it needs")
-
-
-def check_trace(problem, response, subgoal=False):
-    """Walk an answer step by step -> Report with the first fault or the counts. Never raises, whatever the response.
-
-    Every "=" is true; letters are new, known and consistent; a node comes after its parents; a reflection stands
-    on a locked node and names parents that are unsolved, all of them and only those; an analysis restates that
-    node's own premise; with `subgoal`, each "=" carries out one operation; the target is the last step; the
-    boxed answer is right."""
-    if not problem.nodes:  # it comes from a file and was read without its graph
-        try:
-            problem = replace(read_question(problem.question, problem.categories), answer=problem.answer)
-        except ValueError as error:
-            return Report(Fault(0, "format", f"the question cannot be read: {error}"))
-    report, words, number = Report(), TASKS[problem.task], 0
-    needed = set(needed_nodes(problem.nodes, problem.target))
-    letters, values, last = {}, {}, None
-    try:
-        for number, line in read_lines(problem, response):
-            check_line(problem, line, letters, values)
-            letters[line.node] = line.letter
-            report.analyses += bool(line.analysis)
-            if line.missing:
-                report.reflections += 1
-                continue
-            node, last = problem.nodes[line.node], line.node
-            values[last], single = check_equation(node, line.equation, letters, values, words.numbers, subgoal)
-            report.steps += 1
-            report.subgoals += single
-            report.redundant += last not in needed
-        number = response.count("\n") + 1
-        if last != problem.target:
-            raise Mistake("order", "the last step is not the quantity that is asked for")
-        if read_answer(response) is None:
-            raise Mistake("format", "no single boxed integer inside <answer> after </think>")
-        if read_answer(response) != problem.answer:
-            raise Mistake("answer", f"the boxed answer is not {problem.answer}")
-    except Mistake as mistake:
-        report.error = Fault(number, *mistake.args)
-    return report
-
-
-BOXED = re.compile(r"\\boxed\{(-?[0-9]{1,100})\}")
-
-
-def read_answer(response):
-    """The boxed integer of a response, or None unless it is exactly one, inside <answer></answer>, after </think>.
-
-    The opening <think> may be missing, since the prompt ends with it."""
-    response = response.strip().removeprefix("<think>")
-    thought, closed, ending = response.partition("</think>")
-    ending = ending.strip()
-    if not closed or "\\boxed" in thought or any(tag in thought for tag in ("<think>", "<answer>", "</answer>")):
-        return None
-    if not ending.startswith("<answer>") or not ending.endswith("</answer>"):
-        return None
-    body = ending[len("<answer>"):-len("</answer>")]
-    match = BOXED.search(body)
-    if not match or body.count("\\boxed") != 1 or any(tag in body for tag in ("think>", "answer>")):
-        return None
-    return int(match[1])
-
-
-def reward(response, answer):
-    """1.0 if the response ends in the right boxed integer (see `read_answer`), else 0.0."""
-    return float(read_answer(response) == answer)
-
-
-# ------------------------------------------------------------------------- the second task: PromptBench
-# A tree: each inner node adds, subtracts or multiplies two nodes or squares one; every leaf is given. A redundancy
-# unit is a separate tree of two levels. Names serve as letters, and the equation goes straight to its value:
-# writing out the numbers in between is what subgoal computation adds.
-OPERATIONS = {"+": "adding together the value of {a} and {b}",
-              "-": "subtracting the value of {b} from the value of {a}",
-              "*": "multiplying together the value of {a} and {b}",
-              "square": "squaring the value that {a} has"}
-NAMES = ["".join(letters) for letters in product("abcdefgh", repeat=3)]  # none of them is a word of the templates
-
-
-def draw_tree(rng, depth, names, nodes):
-    """Add a random tree with `depth` levels to `nodes`, parents first -> the name of its root."""
-    name = names.pop()
-    if depth == 1:
-        value = rng.randint(1, 10)
-        nodes[name] = Node(name, (value,), f"The value of {name} is {value}")
-        return name
-    operation = rng.choice(list(OPERATIONS))
-    a = draw_tree(rng, depth - 1, names, nodes)
-    b = a if operation == "square" else draw_tree(rng, depth - 1, names, nodes)
-    text = f"{name} gets its value by {OPERATIONS[operation].format(a=a, b=b)}"
-    nodes[name] = Node(name, (a, "*" if operation == "square" else operation, b), text)
-    return name
-
-
-def draw_promptbench(rng, depth=4, redundancy=(0, 8), max_answer=1000, max_value=None, names=len(NAMES)):
-    """One draw -> a Problem, or a string that says why the draw was rejected. names: how many of the names may occur."""
-    names, nodes, extra = rng.sample(NAMES[:names], names), {}, rng.randint(*redundancy)
-    target = draw_tree(rng, depth, names, nodes)
-    values, order = solve({name: node.formula for name, node in nodes.items()}), list(nodes)
-    if reason := too_large(values, target, max_answer, max_value):
-        return reason
-    for _ in range(extra):
-        draw_tree(rng, 2, names, nodes)
-    return finish(Problem("", values[target], target, nodes, task="promptbench", depth=depth, redundancy=extra,
-                          ops=sum(nodes[name].operations for name in order)), order, rng)
-
-
-def read_promptbench_premise(line, pattern):
-    """A premise -> Node, or None."""
-    if match := re.fullmatch(rf"The value of ({pattern}) is (-?[0-9]{{1,99}})\.", line):
-        return Node(match[1], (int(match[2]),), line[:-1])
-    for operation, text in OPERATIONS.items():
-        form = text.format(a=f"(?P<a>{pattern})", b=f"(?P<b>{pattern})")
-        if match := re.fullmatch(rf"({pattern}) gets its value by {form}\.", line):
-            a, b = match["a"], match["a" if operation == "square" else "b"]
-            return Node(match[1], (a, "*" if operation == "square" else operation, b), line[:-1])
-    return None
-
-
-def read_promptbench_asked(line):
-    """The question line -> the name that is asked for, or None."""
-    match = re.fullmatch(r"What is the value of ([a-z]+)\?", line)
-    return match and match[1]
-
-
-def read_promptbench_line(text, pattern):
-    """One line starting with "Let's solve " -> Step, or None."""
-    match = re.fullmatch(rf"(Let's solve ({pattern}),)(?: given that ([^,]+),)?"
-                         rf"(?: (\2 = [^,]+)| but ({pattern})(?: and ({pattern}))? must be known first, so \2 has to wait\.)",
-                         text)
-    if not match:
-        return None
-    head, name, analysis, equation, *missing = match.groups(default="")
-    return Step(name, name, head, "", analysis, equation.count(" = ") > 2, tuple(filter(None, missing)), equation)
-
-
-class Words(NamedTuple):
-    """What one task looks like in words; everything else in this file is the same for both."""
-    draw: object
-    premise: str
-    ask: object           # target -> question line
-    step: str             # how a step line starts
-    openings: tuple
-    links: tuple
-    analysis: str
-    reflection: str
-    stop: str             # after an equation
-    numbers: bool         # whether a plain equation puts the numbers in before it gives the value
-    alphabet: str         # the letters that stand for quantities; "": the names do
-    names: object         # categories -> regular expression of a quantity
-    read_premise: object
-    read_asked: object
-    read_implied: object
-    read_line: object
-
-
-TASKS = {
-    "igsm": Words(
-        draw_problem, PREMISE, ask, "- ", OPENINGS, LINKS, ANALYSIS, REFLECTION, ".", True,
-        LETTERS, name_pattern, read_premise, read_asked, read_implied, read_line),
-    "promptbench": Words(
-        draw_promptbench, "{text}.", "What is the value of {}?".format, "Let's solve ", ("Let's solve {name},",), ("",),
-        "given that {text},", "but {missing} must be known first, so {x} has to wait.", "", False,
-        "", lambda categories: "[a-z]+", read_promptbench_premise, read_promptbench_asked, lambda nodes, categories: {},
-        read_promptbench_line),
-}
-
-
-# ------------------------------------------------------------------------------------------- many problems
-SPLITS = {"train": range(0, 60), "val": range(60, 80), "test": range(80, 100)}
-RANGES = {"ops": (1, 30), "size": (2, 30), "depth": (1, 7), "redundancy": (0, 30), "names": (1, len(NAMES))}  # what may be asked for
-
-
-def fingerprint(question):
-    """64 bits of the sorted premises and the question line: the same problem in any order of premises."""
-    *premises, asked = question.split("\n")
-    text = "\n".join(sorted(premises) + [asked])
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
-
-
-def split_of(question):
-    return next(name for name, share in SPLITS.items() if fingerprint(question) % 100 in share)
-
-
-def check_options(options):
-    """Raise InputError where options of `generate` ask for what cannot be drawn."""
-    for name, (low, high) in RANGES.items():
-        given = options.get(name)
-        numbers = [given] if isinstance(given, int) else list(given or ())
-        if numbers != sorted(numbers) or not all(low <= x <= high for x in numbers):
-            raise InputError(f"--{name} {show(numbers)}: must lie in {low} ... {high}, the lower number first")
-    most = (2 ** options.get("depth", 4) - 1) + 3 * max(options.get("redundancy", (0, 8)))
-    if most > options.get("names", most):
-        raise InputError(f"--names {options['names']}: a problem of this depth and redundancy can hold {most} quantities; raise it")
-    for name in ("max_answer", "max_value"):
-        if options.get(name) is not None and options[name] < 1:
-            raise InputError(f"--{name.replace('_', '-')} {options[name]}: must be at least 1")
-
-
-def draw_chunk(job):
-    """Draws number start ... start+63 of a seed: (fingerprint, problem) or (None, reason for rejection), in order."""
-    task, seed, start, split, options = job
-    results = []
-    for i in range(start, start + 64):
-        problem = TASKS[task].draw(Random(seed << 40 | i), **options)  # a generator of its own: any worker can draw it
-        key = None if isinstance(problem, str) else fingerprint(problem.question)
-        if key is not None and split and key % 100 not in SPLITS[split]:
-            key, problem = None, "another split"
-        results.append((key, problem))
-    return results
-
-
-def draw_chunks(jobs, workers):
-    """The results of draw_chunk for endless jobs, in order."""
-    if workers == 1:
-        yield from map(draw_chunk, jobs)
-    pool = ProcessPoolExecutor(workers)
-    try:
-        waiting = deque(pool.submit(draw_chunk, job) for job in islice(jobs, 4 * workers))
-        for job in jobs:
-            waiting.append(pool.submit(draw_chunk, job))
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def generate(task="igsm", ops=(15, 20), seed=0, split="train", workers=1, rejected=None, **options):
-    """Endless iterator of distinct problems; same arguments, same problems, whatever `workers`.
-
-    ops: (low, high) operations (igsm); options: what `draw_problem` (igsm) or `draw_promptbench` takes; rejected: a
-    Counter that collects why draws were dropped. Raises InputError where nothing can be drawn."""
-    if task not in TASKS:
-        raise InputError(f"--task {task}: use {' or '.join(TASKS)}")
-    if split is not None and split not in SPLITS:
-        raise InputError(f"--split {split}: use {', '.join(SPLITS)}")
-    options = options | ({"ops": tuple(ops)} if task == "igsm" else {})
-    check_options(options)
-    jobs = ((task, seed, start, split, options) for start in count(0, 64))
-    return keep_distinct(draw_chunks(jobs, workers), Counter() if rejected is None else rejected)
-
-
-def keep_distinct(chunks, rejected):
-    seen, dry = set(), 0  # dry: draws since the last problem
-    for chunk in chunks:
-        for key, problem in chunk:
-            dry += 1
-            if key is None:
-                rejected[problem] += 1
-            elif key in seen:
-                rejected["a duplicate"] += 1
-            else:
-                seen.add(key)
-                dry = 0
-                yield problem
-        if dry > 20_000:
-            raise InputError(f"no new problem in {dry:,} draws (mostly: {rejected.most_common(1)[0][0]}): "
-                             "ask for fewer problems, more operations or a larger bound")
-
-
-# --------------------------------------------------------------------------------------------- JSON lines
-SETTINGS = {"igsm": ("ops", "categories"), "promptbench": ("depth", "redundancy")}  # the fields that a task adds
-
-
 def to_record(problem):
     """Problem -> the dict that one JSON line holds."""
-    names = ("id", "task", "question", "response", "answer", *SETTINGS[problem.task])
+    names = ("id", "task", "question", "response", "answer", *TASKS[problem.task].record)
     return {name: getattr(problem, name) for name in names}
 
 
 def from_record(record, graph=False):
-    """A dict -> Problem; graph: also read the question back into its DAG. Raises ValueError with the reason."""
+    """A dict -> Problem; graph: read the question back into its DAG, too. Raises ValueError that says why."""
     if not isinstance(record, dict):
         raise ValueError("not a JSON object")
     task = record.get("task", "igsm")
-    if task not in list(SETTINGS):
-        raise ValueError(f"the field 'task' must be {' or '.join(SETTINGS)}")
-    problem = Problem(record.get("question"), record.get("answer"), "", {}, task=task, id=record.get("id"))
-    for name in ("response", *SETTINGS[task]):
+    if task not in list(TASKS):
+        raise ValueError(f"the field 'task' must be {' or '.join(TASKS)}")
+    problem = Problem(None, None, task=task)
+    for name in ("id", "question", "response", "answer", *TASKS[task].record):
         setattr(problem, name, record.get(name, getattr(problem, name)))
-    for name in ("answer", "ops", "depth", "redundancy"):
-        if type(getattr(problem, name)) is not int:
-            raise ValueError(f"the field '{name}' must be an integer")
-    for name in ("question", "response"):
-        if not isinstance(getattr(problem, name), str):
-            raise ValueError(f"the field '{name}' must be text")
+    for kind, words, names in ((str, "text", ("question", "response")),
+                               (int, "an integer", ("answer", "ops", "depth", "redundancy"))):
+        for name in names:
+            if type(getattr(problem, name)) is not kind:  # `isinstance` would take True for an integer
+                raise ValueError(f"the field '{name}' must be {words}")
     layers = problem.categories.values() if isinstance(problem.categories, dict) else [None]
     if not all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in layers):
         raise ValueError("the field 'categories' must hold lists of names")
@@ -1144,21 +1179,23 @@ def read_problems(path, graph=False):
     problems = []
     try:
         with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    try:
-                        problems.append(from_record(json.loads(line), graph))
-                    except json.JSONDecodeError as error:
-                        raise InputError(f"{path}, line {number}: not JSON ({error.msg}, column {error.colno}); give one problem a line, "
-                                         "as data.py writes them") from None
-                    except (ValueError, RecursionError) as error:
-                        raise InputError(f"{path}, line {number}: {error}") from None
-                    if problems[-1].id is None:
-                        problems[-1].id = number
+            lines = list(file)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise InputError(f"{path}: not UTF-8 text; give a JSONL file as data.py writes it") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            problem = from_record(json.loads(line), graph)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}, line {number}: not JSON ({error.msg}, column {error.colno}); "
+                             "give one problem a line, as data.py writes them") from None
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}, line {number}: {error}") from None
+        problem.id = number if problem.id is None else problem.id
+        problems.append(problem)
     if not problems:
         raise InputError(f"{path}: the file holds no problem")
     return problems
@@ -1173,9 +1210,9 @@ def write_records(path, records):
     return written
 
 
-# ------------------------------------------------------------------------------------------ showing, command
+# --------------------------------------------------------------------- 11. Showing a problem, and the command
 def draw_picture(problem):
-    """The DAG as text, from the target down to what is given, then what the answer does not need (see the top)."""
+    """The DAG as text: from the target down to what is given, then what the answer does not need."""
     formulas = {q: problem.nodes[q].formula for q in needed_nodes(problem.nodes, *problem.nodes)}
     values, lines, seen = solve(formulas), [], set()
 
@@ -1193,89 +1230,59 @@ def draw_picture(problem):
             draw(parent, f"{below} +-- ", f"{below}{'     ' if last else ' |   '}")
 
     draw(problem.target, "", "")
+    if len(seen) < len(formulas):
+        lines.append("not needed:")
     for name in reversed(formulas):
         if name not in seen:
-            lines += ["not needed:"] * ("not needed:" not in lines)
             draw(name, "", "")
     return "\n".join(lines)
-
-
-# What the embedded tiny model is trained and tested on (README, "The default"); its OOD test takes more operations.
-TINY, TINY_OOD = dict(ops=(2, 4), max_value=100), (5, 6)
-
-
-def add_problem_flags(parser):
-    """The flags that say which problems are drawn, shared by the scripts that draw them."""
-    add = parser.add_argument
-    add("--task", default="igsm", choices=list(TASKS), help="which kind of problem")
-    add("--ops", type=int, nargs=2, metavar=("LO", "HI"),
-        help=f"igsm: operations a problem; default: {TINY['ops'][0]} {TINY['ops'][1]}, with --max-value {TINY['max_value']}")
-    add("--size", type=int, nargs=2, metavar=("LO", "HI"), help="igsm: premises a problem; default: follows the operations")
-    add("--depth", type=int, default=4, help="promptbench: levels of the tree")
-    add("--redundancy", type=int, nargs=2, default=(0, 8), metavar=("LO", "HI"), help="promptbench: trees that serve nothing")
-    add("--names", type=int, default=len(NAMES), help="promptbench: how many names there are to draw from")
-    add("--tidy", action="store_true", help="igsm: letters in order of appearance and one wording (a small model's answers)")
-    add("--max-answer", type=int, default=1000, help="drop problems with |answer| >= this")
-    add("--max-value", type=int, help="drop problems where a value on the way is >= this (a small model's arithmetic)")
-
-
-def problem_options(args):
-    """Those flags, checked, as keyword arguments of `generate`. Without --ops they are those of the tiny default."""
-    names = {"igsm": ("ops", "size", "tidy"), "promptbench": ("depth", "redundancy", "names")}[args.task]
-    options = {name: getattr(args, name) for name in (*names, "max_answer", "max_value")}
-    if args.task == "igsm" and args.ops is None:
-        options |= {"ops": TINY["ops"], "max_value": TINY["max_value"] if args.max_value is None else args.max_value}
-    check_options(options)
-    return {"task": args.task} | options
 
 
 class Summary:
     """Counts what passes through, so that a data set describes itself."""
 
     def __init__(self):
-        self.start, self.n, self.words, self.redundant, self.implied = time.time(), 0, [0, 0], 0, 0
-        self.answers, self.ops, self.rejected = Counter(), Counter(), Counter()
+        self.start, self.rows, self.rejected = time.time(), [], Counter()
 
     def watch(self, problems):
         for problem in problems:
             needed = needed_nodes(problem.nodes, problem.target)
-            self.n += 1
-            self.answers[problem.answer] += 1
-            self.ops[problem.ops] += 1
-            self.words[0] += len(problem.question.split())
-            self.words[1] += len(problem.response.split())
-            self.redundant += len(problem.nodes) > len(needed)
-            self.implied += any(not problem.nodes[name].text for name in needed)
+            implied = any(not problem.nodes[name].text for name in needed)
+            self.rows.append((problem.answer, problem.ops, len(problem.question.split()),
+                              len(problem.response.split()), len(problem.nodes) > len(needed), implied))
             yield problem
 
     def __str__(self):
-        seconds, draws = time.time() - self.start, self.n + sum(self.rejected.values())
-        answer, times = self.answers.most_common(1)[0]
-        duplicates = self.rejected["a duplicate"]
-        why = ", ".join(f"{reason} {k / draws:.1%}" for reason, k in self.rejected.most_common() if reason != "a duplicate")
-        bins = Counter()
-        for value, k in self.answers.items():
-            bins[sum(value > edge for edge in (-1, 0, 9, 99))] += k
-        shares = [f"{name} {bins[i] / self.n:.1%}" for i, name in enumerate(("below 0", "0", "1-9", "10-99", "100 up"))]
-        return (f"{self.n} problems, {self.n / seconds:.0f} a second\n"
-                f"of {draws} draws rejected: {why or 'none'}; {duplicates} duplicates dropped\n"
-                f"words: question {self.words[0] / self.n:.0f}, answer {self.words[1] / self.n:.0f}\n"
-                f"with redundant premises {self.redundant / self.n:.0%}, with an implied quantity {self.implied / self.n:.0%}\n"
-                f"answers: {', '.join(shares)}; always answering {answer} would score {times / self.n:.1%}\n"
-                "operations: " + ", ".join(f"{ops}: {k}" for ops, k in sorted(self.ops.items())))
+        answers, ops, asked, told, redundant, implied = zip(*self.rows)
+        n = len(answers)
+        draws, duplicates = n + self.rejected.total(), self.rejected["a duplicate"]
+        reasons = ", ".join(f"{reason} {k / draws:.1%}" for reason, k in self.rejected.most_common()
+                            if reason != "a duplicate")
+        ranges = {"below 0": (-math.inf, -1), "0": (0, 0), "1-9": (1, 9), "10-99": (10, 99),
+                  "100 up": (100, math.inf)}
+        shares = ", ".join(f"{name} {sum(low <= x <= high for x in answers) / n:.1%}"
+                           for name, (low, high) in ranges.items())
+        common, times = Counter(answers).most_common(1)[0]
+        return (f"{n} problems, {n / (time.time() - self.start):.0f} a second\n"
+                f"of {draws} draws rejected: {reasons or 'none'}; {duplicates} duplicates dropped\n"
+                f"words: question {sum(asked) / n:.0f}, answer {sum(told) / n:.0f}\n"
+                f"with redundant premises {sum(redundant) / n:.0%}, "
+                f"with an implied quantity {sum(implied) / n:.0%}\n"
+                f"answers: {shares}; always answering {common} would score {times / n:.1%}\n"
+                "operations: " + ", ".join(f"{x}: {k}" for x, k in sorted(Counter(ops).items())))
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser(__doc__)
     add_problem_flags(parser)
-    parser.add_argument("--n", type=int, default=1, help="how many problems")
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same problems")
-    parser.add_argument("--split", choices=list(SPLITS), default="train", help="which share of all problems to draw from")
-    parser.add_argument("--workers", type=int, default=1, help="processes; the output does not depend on it")
-    parser.add_argument("--out", help="JSONL file to write; without it problems are printed")
+    add = parser.add_argument
+    add("--n", type=positive_int, default=1, help="how many problems")
+    add("--seed", type=number(int, 0, 2**31 - 1, "a whole number from 0 to 2^31 - 1"), default=0,
+        help="same seed, same problems")
+    add("--split", choices=list(SPLITS), default="train", help="which share of all problems to draw from")
+    add("--workers", type=positive_int, default=1, help="processes; the output does not depend on it")
+    add("--out", help="JSONL file to write; without it problems are printed")
     args = parser.parse_args()
-    if args.n < 1 or args.workers < 1 or not 0 <= args.seed < 2**31:
-        raise InputError("--n and --workers must be at least 1, --seed must lie in 0 ... 2^31 - 1")
     summary = Summary()
     stream = generate(seed=args.seed, split=args.split, workers=args.workers, rejected=summary.rejected,
                       **problem_options(args))
@@ -1286,6 +1293,58 @@ def main():
     else:
         for problem in problems:
             print(f"{problem.question}\n\n{draw_picture(problem)}\n\n{problem.response}\n")
+
+
+# ---------------------------------------------------------------------------------------------- 12. The names
+# Four worlds of four layers, lowest first: a Farm has Barns, a Barn has Crates, a Crate has Fruit. A layer is
+# a category with four groups of five names; a problem draws one group a layer.
+def read_group(text):
+    """Five names: "Tin Pine ... Crate" -> Tin Crate, Pine Crate ...; with commas, as they stand."""
+    *adjectives, noun = text.split(" ")
+    return text.split(", ") if "," in text else [f"{adjective} {noun}" for adjective in adjectives]
+
+
+WORLDS = [
+    {"Fruit": ["Red Apple, Green Pear, Yellow Quince, Purple Plum, Black Cherry",
+               "Sweet Mango, Ripe Papaya, Small Banana, Spiny Durian, Round Lychee",
+               "Blood Orange, Sour Lemon, Key Lime, Pink Pomelo, Bitter Grapefruit",
+               "Wild Strawberry, Blue Bilberry, White Currant, Dewy Blackberry, Golden Raspberry"],
+     "Crate": ["Tin Wicker Pine Cedar Steel Crate", "Flat Deep Slotted Lined Waxed Tray",
+               "Willow Straw Wire Rope Birch Basket", "Jute Linen Paper Cotton Hemp Sack"],
+     "Barn": ["Tall Old Stone Round Tarred Barn", "North South East West Middle Shed",
+              "Upper Lower Dry Airy Hidden Loft", "Cold Vaulted Brick Dark Long Cellar"],
+     "Farm": ["Willow Maple Juniper Hazel Rowan Farm", "Brook Meadow Ridge Glen Heath Homestead",
+              "Sunny Windy Misty Quiet Frosty Orchard", "Fox Hare Badger Otter Heron Croft"]},
+    {"Instrument": ["Brass Sextant, Pocket Compass, Star Globe, Depth Sounder, Signal Lamp",
+                    "Sea Chart, Tide Table, Log Book, Flag Code, Pilot Guide",
+                    "Ice Pick, Boat Hook, Splicing Awl, Caulking Iron, Sail Needle",
+                    "Tin Whistle, Squeeze Box, Bass Drum, Hand Bell, Fog Horn"],
+     "Cabin": ["Captain Guest Crew Corner Radio Cabin", "Fore Aft Main Cargo Coal Hold",
+               "Ship Galley, Ship Pantry, Ship Bakery, Ship Infirmary, Ship Laundry",
+               "Chart Map Engine Boiler Pump Room"],
+     "Ship": ["Sea Swallow, Grey Pelican, White Albatross, Swift Petrel, Bold Cormorant",
+              "Iron Duchess, Jolly Baroness, Proud Countess, Merry Princess, Silent Empress",
+              "River Canal Coal Sand Timber Barge", "Polar Herring Shrimp Mackerel Oyster Trawler"],
+     "Harbor": ["Amber Coral Quartz Jade Opal Harbor", "Gull Seal Whale Crab Eel Bay",
+                "Lantern Anchor Barrel Customs Ferry Quay", "Granite Slate Chalk Basalt Marble Wharf"]},
+    {"Book": ["Star Road World Moon Ocean Atlas", "Ghost Love Short Spy Bedtime Story",
+              "Cook Song Hymn Sketch Phrase Book", "Latin Greek Sanskrit Gothic Norse Grammar"],
+     "Shelf": ["Oak Walnut Beech Ash Ebony Shelf", "Glass Locked Rolling Carved Narrow Case",
+               "Window Corridor Swivel Ladder Folding Rack", "First Second Third Fourth Fifth Drawer"],
+     "Hall": ["Reading Music Lecture Echo Mirror Hall", "Blue Crimson Ivory Olive Silver Salon",
+              "Winter Summer Spring Autumn Garden Wing", "Newton Kepler Curie Darwin Noether Annex"],
+     "Library": ["City Village Harbor Castle Abbey Library", "Law Trade Royal Parish Naval Archive",
+                 "Hill Dale Marsh Fen Moor College", "Tower Bridge Gate Market Mill Collection"]},
+    {"Gem": ["Ruby Topaz Garnet Onyx Beryl Ring", "Sapphire Emerald Amethyst Agate Citrine Brooch",
+             "Gold Copper Nickel Bronze Electrum Coin", "Fern Snail Fish Shark Beetle Fossil"],
+     "Cabinet": ["Velvet Lacquer Rosewood Mahogany Bamboo Cabinet", "Tall Low Wall Table Island Vitrine",
+                 "Sealed Painted Studded Leather Banded Chest", "Rose Lily Tulip Iris Poppy Alcove"],
+     "Gallery": ["Ancient Modern Desert Jungle Arctic Gallery", "Lion Tiger Bear Wolf Eagle Court",
+                 "Marble Copper Glazed Painted Sunken Rotunda", "Alpha Beta Gamma Delta Sigma Room"],
+     "Museum": ["Mining Clock Railway Postal Science Museum", "Lake Forest River Valley Summit Pavilion",
+                "Lotus Acorn Thistle Clover Laurel Institute", "Ember Cinder Flint Spark Torch Palace"]},
+]
+WORLDS = [{category: list(map(read_group, groups)) for category, groups in world.items()} for world in WORLDS]
 
 
 if __name__ == "__main__":

@@ -3,9 +3,15 @@
     python inject.py                                        # a plain answer beside its injected one
     python inject.py train.jsonl --method bridge --out bridge.jsonl        # or vanilla, pp-aug, rc-aug
 
-A policy gradient can only strengthen what the policy already does now and then. BRIDGE (arXiv 2505.18917,
-Algorithm 1) therefore edits the answers that a model is fine-tuned on - same questions, same number of
-examples - so that three behaviors appear in its rollouts:
+The words of reinforcement learning: the language model is the *policy*, since its probabilities decide which
+token comes next. An answer drawn from them token by token is a *rollout*; its *reward* is 1 if it is right,
+else 0. A question gets several rollouts, and the *advantage* of each is its reward less their mean. The
+*policy gradient* is the change of weights that makes rollouts of positive advantage more probable and those
+of negative advantage less.
+
+So it can only strengthen what the policy already does now and then. BRIDGE (arXiv 2505.18917, Algorithm 1)
+therefore edits the answers that a model is fine-tuned on beforehand - same questions, same number of examples
+- so that three behaviors appear in its rollouts:
 
     subgoal     exploitation   one arithmetic operation per "=":  13 + 5 + 6 = 18 + 6 = 24
     analysis    exploitation   restate the premise of a node before computing it
@@ -20,26 +26,25 @@ RC-Aug walks the graph in another order; both make `--copies` examples of each, 
 Departures: the paper's text says once that a reflection names an unlocked node; as in its Algorithm 1 and
 appendix, locked is meant. A reflection may fall on any locked node of the graph, needed or redundant.
 The released code departs from the paper twice, and --official follows it: (1) a reflection draws any later
-node, needed (70%) or redundant (30%), and solves it early if it happens to be unlocked; (2) the probability of
-an analysis depends on the in-degree alone (.1, .4, .8, 1 for 1 to 4; 0 for a given value), and a reflection
-can carry one. A constant written in the premise counts: so we find it in its records.
+node, needed (70%) or redundant (30%), and solves it early if it happens to be unlocked; (2) the probability
+of an analysis depends on the in-degree alone (.1, .4, .8, 1 for 1 to 4; 0 for a given value), and a
+reflection can carry one. A constant written in the premise counts: so we find it in its records.
 """
-import argparse
 from random import Random
 
 import data
 
 BEHAVIORS = ("subgoal", "analysis", "reflection")
-OFFICIAL_ANALYSIS = (0.1, 0.4, 0.8, 1)  # the released code's probability for in-degree 1, 2, 3, 4
+OFFICIAL_ANALYSIS = (0, 0.1, 0.4, 0.8, 1)  # the released code's probability for in-degree 0, 1, 2, 3, 4
 
 
 def inject(problem, response, behaviors=BEHAVIORS, p=0.1, rng=None, official=False):
     """Algorithm 1: the response with behaviors injected. Order and letters of its steps stay as they are.
 
-    problem: with its graph (`problem.nodes`); behaviors: any of BEHAVIORS; p: the probability of an analysis and
-    of a reflection at each step, one number or {"analysis": ..., "reflection": ...} (a subgoal is computed at
-    every step); rng: a random.Random; official: as the released code does it (see the top). Raises ValueError
-    where the response is not a list of steps."""
+    problem: with its graph (`problem.nodes`); behaviors: any of BEHAVIORS; p: the probability of an analysis
+    and of a reflection at each step, one number or {"analysis": ..., "reflection": ...} (a subgoal is
+    computed at every step); rng: a random.Random; official: as the released code does it (see the top).
+    Raises ValueError where the response is not a list of steps."""
     rng = rng or Random(0)
     p = p if isinstance(p, dict) else {"analysis": p, "reflection": p}
     steps = data.read_steps(problem, response)
@@ -47,11 +52,11 @@ def inject(problem, response, behaviors=BEHAVIORS, p=0.1, rng=None, official=Fal
     solved, injected = set(), []
 
     def write(step):
-        """Add a step or a reflection, with an analysis and subgoals where they are drawn."""
-        node = problem.nodes[step.node]
-        chance = OFFICIAL_ANALYSIS[min(node.degree, 4) - 1] * bool(node.parents) if official else p["analysis"]
+        node, chance = problem.nodes[step.node], p["analysis"]
+        if official:  # for it, a given value has in-degree 0
+            chance = OFFICIAL_ANALYSIS[min(node.degree, 4) if node.parents else 0]
         possible = "analysis" in behaviors and node.text and (official or not step.missing)
-        analysis = bool(possible) and rng.random() < chance
+        analysis = node.text if possible and rng.random() < chance else ""
         injected.append(step._replace(analysis=analysis, subgoal="subgoal" in behaviors))
         if not step.missing:
             solved.add(step.node)
@@ -63,18 +68,19 @@ def inject(problem, response, behaviors=BEHAVIORS, p=0.1, rng=None, official=Fal
             if detour := take_detour(problem, step, solved, letters, rng, official):
                 write(detour)
         write(step)
-    return data.write_response(problem, data.in_order(injected) if data.is_tidy(steps) else injected)
+    return data.write_response(problem, data.worded_like(steps, injected))
 
 
 def take_detour(problem, step, solved, letters, rng, official=False):
-    """A step that starts on a locked node and finds which of its parents are missing; None where there is no such node.
+    """A step on a locked node that finds which of its parents are missing; None where no node is locked.
 
-    official: on any node that is not solved, 70% one that the answer needs and 30% one that it does not; if all its
-    parents are solved, the step solves it."""
-    nodes = [q for q, node in problem.nodes.items() if not solved.issuperset(node.parents)]
+    official: on any node that is not solved, 70% one that the answer needs and 30% one that it does not; if
+    all its parents are solved, the step solves it."""
     if official:
         needed, needs = data.needed_nodes(problem.nodes, problem.target), rng.random() < 0.7
         nodes = [q for q in problem.nodes if q not in solved and q != step.node and (q in needed) == needs]
+    else:
+        nodes = [q for q, node in problem.nodes.items() if not solved.issuperset(node.parents)]  # locked
     if not nodes:
         return None
     node = rng.choice(nodes)
@@ -101,7 +107,7 @@ def reorder_steps(problem, response, rng):
         order.append(rng.choice(ready))
         waiting.remove(order[-1])
         solved.add(order[-1].node)
-    return data.write_response(problem, data.in_order(order) if data.is_tidy(steps) else order)
+    return data.write_response(problem, data.worded_like(steps, order))
 
 
 def augment(problem, method, behaviors=BEHAVIORS, p=0.1, copies=4, seed=0, official=False):
@@ -118,8 +124,10 @@ def augment(problem, method, behaviors=BEHAVIORS, p=0.1, copies=4, seed=0, offic
     for _ in range(20 * copies):
         if len(examples) >= copies:
             break
-        copy = ((shuffle_premises(problem, rng), problem.response) if method == "pp-aug"
-                else (problem.question, reorder_steps(problem, problem.response, rng)))
+        if method == "pp-aug":
+            copy = (shuffle_premises(problem, rng), problem.response)
+        else:
+            copy = (problem.question, reorder_steps(problem, problem.response, rng))
         if copy not in examples:
             examples.append(copy)
     return examples
@@ -128,9 +136,9 @@ def augment(problem, method, behaviors=BEHAVIORS, p=0.1, copies=4, seed=0, offic
 def mark(before, after):
     """The injected answer with what was added to the plain one set between [ ].
 
-    >>> print(mark("Let x be it. Then x = 9.", "Let y be that. But it has to wait.\\nLet x be it. Then x = 9 - 0 = 9."))
-    [Let y be that. But it has to wait.]
-    Let x be it. Then x = [9 - 0 =] 9.
+    >>> print(mark("Let x be it. So x = 9.", "Let y be that. But y waits.\\nLet x be it. So x = 9 - 0 = 9."))
+    [Let y be that. But y waits.]
+    Let x be it. So x = [9 - 0 =] 9.
     """
     plain, lines = before.split("\n"), []
     for line in after.split("\n"):
@@ -145,53 +153,57 @@ def mark(before, after):
     return "\n".join(lines)
 
 
+def make_records(problems, path, method, options, counts):
+    """The JSON records of all examples, each checked; `counts` adds up what they hold."""
+    for problem in problems:
+        try:
+            examples = augment(problem, method, **options)
+        except ValueError as error:
+            raise data.InputError(f"{path}, problem {problem.id}: {error}") from None
+        for question, response in examples:
+            report = data.check_trace(problem, response)
+            if not report.ok:
+                raise data.InputError(f"{path}, problem {problem.id}: its answer does not hold: "
+                                      f"{report.error}")
+            example = {"id": counts["examples"], "question": question, "response": response}
+            yield data.to_record(problem) | example
+            counts["examples"] += 1
+            for name in ("steps", "reflections", "analyses", "subgoals"):
+                counts[name] += getattr(report, name)
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("file", nargs="?", help="JSONL of problems with plain answers; without it one problem is shown")
-    parser.add_argument("--method", choices=["vanilla", "bridge", "pp-aug", "rc-aug"], default="bridge")
-    parser.add_argument("--behaviors", nargs="*", choices=BEHAVIORS, default=BEHAVIORS, help="which behaviors bridge injects")
-    parser.add_argument("--p", type=float, help="probability of an analysis and of a reflection, a step: 0.1 (shown: 0.4)")
-    parser.add_argument("--p-analysis", type=float, help="the same for analyses alone")
-    parser.add_argument("--p-reflection", type=float, help="the same for reflections alone")
-    parser.add_argument("--official", action="store_true", help="reflections and analyses as the released code draws them")
-    parser.add_argument("--copies", type=int, default=4, help="examples a problem with pp-aug and rc-aug, with the original")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", help="JSONL file to write")
+    parser = data.Parser(__doc__)
+    add = parser.add_argument
+    add("file", nargs="?", help="JSONL of problems with plain answers; without it one problem is shown")
+    add("--method", choices=["vanilla", "bridge", "pp-aug", "rc-aug"], default="bridge")
+    add("--behaviors", nargs="*", choices=BEHAVIORS, default=BEHAVIORS, help="which behaviors bridge injects")
+    add("--p", type=data.share,
+        help="probability of an analysis and of a reflection, a step: 0.1 (without a file: 0.4)")
+    add("--p-analysis", type=data.share, help="the same for analyses alone")
+    add("--p-reflection", type=data.share, help="the same for reflections alone")
+    add("--official", action="store_true", help="reflections and analyses as the released code draws them")
+    add("--copies", type=data.positive_int, default=4,
+        help="examples a problem with pp-aug and rc-aug, with the original")
+    add("--seed", type=int, default=0)
+    add("--out", help="JSONL file to write")
     args = parser.parse_args()
     both = args.p if args.p is not None else 0.1 if args.file else 0.4
     p = {"analysis": both if args.p_analysis is None else args.p_analysis,
          "reflection": both if args.p_reflection is None else args.p_reflection}
-    if not all(0 <= x <= 1 for x in p.values()) or args.copies < 1:
-        raise data.InputError("--p must lie in 0 ... 1 and --copies be at least 1")
     options = dict(behaviors=args.behaviors, p=p, copies=args.copies, seed=args.seed, official=args.official)
     if args.file is None:
         problem = next(data.generate(ops=(7, 7), seed=args.seed, max_value=100))
         (_, response), = augment(problem, "bridge", **options)
-        rates = ", ".join(f"{x:g} for {name}" for name, x in p.items() if not (args.official and name == "analysis"))
-        print(f"{problem.question}\n\n--- plain\n{problem.response}\n\n--- injected, in [ ] (p = {rates})\n"
-              f"{mark(problem.response, response)}")
+        rates = [f"{x:g} for {name}" for name, x in p.items() if name == "reflection" or not args.official]
+        print(f"{problem.question}\n\n--- plain\n{problem.response}\n\n"
+              f"--- injected, in [ ] (p = {', '.join(rates)})\n{mark(problem.response, response)}")
         return
     if not args.out:
         raise data.InputError("--out is missing: name the JSONL file to write")
     problems = data.read_problems(args.file, graph=True)
     counts = {"examples": 0, "steps": 0, "reflections": 0, "analyses": 0, "subgoals": 0}
-
-    def records():
-        for problem in problems:
-            try:
-                examples = augment(problem, args.method, **options)
-            except ValueError as error:
-                raise data.InputError(f"{args.file}, problem {problem.id}: {error}") from None
-            for question, response in examples:
-                report = data.check_trace(problem, response)
-                if not report.ok:
-                    raise data.InputError(f"{args.file}, problem {problem.id}: its answer does not hold: {report.error}")
-                counts["examples"] += 1
-                for name in list(counts)[1:]:
-                    counts[name] += getattr(report, name)
-                yield data.to_record(problem) | {"id": counts["examples"] - 1, "question": question, "response": response}
-
-    data.write_records(args.out, records())
+    data.write_records(args.out, make_records(problems, args.file, args.method, options, counts))
     print(", ".join(f"{count} {name}" for name, count in counts.items()) + f" from {len(problems)} problems")
 
 

@@ -1,9 +1,11 @@
-"""Problems and the checker: what a wrong generator, reader, executor or reward would do, and that it is caught.
+"""Problems and the checker: what a wrong generator, reader, executor or reward would do, and that it is seen.
 
-BRIDGE_FULL=1 runs the same tests over 20,000 problems a setting (200 a corruption, 200,000 random endings) and prints
-the figures; with -s they are shown."""
+BRIDGE_FULL=1 runs the same tests over 20,000 problems a setting (200 a corruption, 200,000 random endings)
+and prints the figures; with -s they are shown."""
 import doctest, hashlib, json, os, random, re, time
-from itertools import islice
+from collections import Counter
+from dataclasses import replace
+from itertools import islice, product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +15,8 @@ import data, inject
 
 FULL = bool(os.environ.get("BRIDGE_FULL"))
 REFERENCE = Path(__file__).parent.parent.parent / "shared/reference/igsm_official.jsonl"
-SETTINGS = {"ops 2-5": dict(ops=(2, 5)), "ops 15-20": dict(ops=(15, 20)), "ops 20": dict(ops=(20, 20)), "ops 25": dict(ops=(25, 25)),
+SETTINGS = {"ops 2-5": dict(ops=(2, 5)), "ops 15-20": dict(ops=(15, 20)), "ops 20": dict(ops=(20, 20)),
+            "ops 25": dict(ops=(25, 25)),
             "depth 4": dict(task="promptbench", depth=4), "depth 5": dict(task="promptbench", depth=5),
             "depth 5, 20-22": dict(task="promptbench", depth=5, redundancy=(20, 22))}
 
@@ -34,7 +37,8 @@ def problems(n, **options):
 
 def test_doctests():
     """The examples in the docstrings are real output, the picture at the top of data.py among them."""
-    assert data.__doc__.count(">>>") and doctest.testmod(data).attempted >= 3 and doctest.testmod(data).failed == 0
+    result = doctest.testmod(data)
+    assert data.__doc__.count(">>>") and result.attempted >= 3 and result.failed == 0
 
 
 # ------------------------------------------------------------------------------------------ problems
@@ -42,12 +46,15 @@ def answer_from_text(question, categories):
     """The answer by definition, sharing no code with data.py: recursion over the words of the question."""
     *lines, asked = question.split("\n")
     if asked.startswith("What"):
-        facts = {words[3 if words[0] == "The" else 0]: words for words in (line.rstrip(".").split() for line in lines)}
+        facts = {words[3 if words[0] == "The" else 0]: words
+                 for words in (line.rstrip(".").split() for line in lines)}
 
         def value(name):
             words = facts[name]
             a, b = ([value(x) for x in words[6:] if x in facts] + [0, 0])[:2]
-            return {"adding": a + b, "multiplying": a * b, "subtracting": b - a, "squaring": a * a}[words[5]] if words[1] == "gets" else int(words[5])
+            if words[1] != "gets":
+                return int(words[5])
+            return {"adding": a + b, "multiplying": a * b, "subtracting": b - a, "squaring": a * a}[words[5]]
         return value(asked[len("What is the value of "):-1])
     facts = dict(re.fullmatch(r"The number of (each .+) equals (.+)\.", line).groups() for line in lines)
     layers = list(categories.items())
@@ -59,7 +66,8 @@ def answer_from_text(question, categories):
             below, children = layers[level - 1]
             children = [y for y in children if f"each {owner}'s {y}" in facts]
             assert children
-            return sum(value(f"each {owner}'s {y}") * (1 if below == category else value(f"each {y}'s {category}")) for y in children)
+            return sum(value(f"each {owner}'s {y}")
+                       * (1 if below == category else value(f"each {y}'s {category}")) for y in children)
         text = facts[name]
         parts = [value(x) for x in re.findall(r"each .+?'s .+?(?=,| and |$)", text)]
         total = parts[0] - parts[1] if "difference" in text else sum(parts)
@@ -71,22 +79,25 @@ def answer_from_text(question, categories):
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_problems_are_what_they_say(name):
-    """An ill-posed, duplicate or mislabelled problem, a graph that the text does not hold, a sum that is wrong."""
+    """An ill-posed, duplicate or mislabelled problem, a graph that the text does not hold, a wrong sum."""
     options, n = SETTINGS[name], 20_000 if FULL else 400
     seen, redundant, implied = set(), 0, 0
     for problem in islice(data.generate(seed=5, **options), n):
         read = data.read_question(problem.question, problem.categories)
-        assert (read.nodes, read.target, read.task, read.ops) == (problem.nodes, problem.target, problem.task, problem.ops)
+        for name in ("nodes", "target", "task", "ops"):
+            assert getattr(read, name) == getattr(problem, name)
         assert read.answer == problem.answer == answer_from_text(problem.question, problem.categories)
         report = data.check_trace(read, problem.response)
         needed = data.needed_nodes(problem.nodes, problem.target)
-        assert report.ok and report.steps == len(needed) and report.redundant == report.reflections == report.analyses == 0
+        assert report.ok and report.steps == len(needed)
+        assert report.redundant == report.reflections == report.analyses == 0
         assert abs(problem.answer) < 1000 and data.split_of(problem.question) == "train"
         if problem.task == "igsm":
             low, high = options["ops"]
             assert low <= problem.ops <= high
-            assert problem.ops == sum(max(1, len(re.findall(r"each |\d+", node.text)) - 1) if node.text else node.operations
-                                      for node in map(problem.nodes.get, needed))
+            assert problem.ops == sum(
+                max(1, len(re.findall(r"each |\d+", node.text)) - 1) if node.text else node.operations
+                for node in map(problem.nodes.get, needed))
         again = data.from_record(json.loads(json.dumps(data.to_record(problem))), graph=True)
         again.ops = problem.ops  # PromptBench's records do not hold it
         assert again == problem
@@ -94,7 +105,8 @@ def test_problems_are_what_they_say(name):
         seen.add("\n".join(sorted(premises) + [asked]))
         redundant += len(problem.nodes) > len(needed)
         implied += any(not problem.nodes[q].text for q in needed)
-    print(f"\n{name}: {n} problems, {len(seen)} distinct, redundant premise in {redundant / n:.1%}, implied quantity in {implied / n:.1%}")
+    print(f"\n{name}: {n} problems, {len(seen)} distinct, redundant premise in {redundant / n:.1%}, "
+          f"implied quantity in {implied / n:.1%}")
     assert len(seen) == n
     if name == "ops 15-20":
         assert .25 <= redundant / n and .25 <= implied / n
@@ -104,7 +116,8 @@ def test_a_graph_is_read_where_it_is_needed():
     """A crash, or a sound answer refused, for problems from a file that were read without their graphs."""
     for problem in [*problems(5, ops=(3, 12)), *problems(5, task="promptbench")]:
         bare = data.from_record(data.to_record(problem))
-        assert bare.nodes == {} and data.check_trace(bare, problem.response) == data.check_trace(problem, problem.response)
+        assert bare.nodes == {}
+        assert data.check_trace(bare, problem.response) == data.check_trace(problem, problem.response)
     foreign = data.from_record({"question": "What is 6 times 9?", "answer": 42})
     assert "cannot be read" in data.check_trace(foreign, "<think>").error.reason
 
@@ -112,14 +125,15 @@ def test_a_graph_is_read_where_it_is_needed():
 def test_our_names_need_no_categories():
     """A question in our own words that can only be read with its record."""
     for problem in problems(30, ops=(3, 12)):
-        read = data.read_question(problem.question)  # the summands of an implied quantity may stand in another order
+        read = data.read_question(problem.question)  # an implied quantity's summands may be in another order
         assert (read.answer, read.ops, set(read.nodes)) == (problem.answer, problem.ops, set(problem.nodes))
 
 
 @pytest.mark.parametrize("ops", [(1, 1), (1, 2), (30, 30)])
 def test_ends_of_the_range(ops):
     """A crash where the released generator crashes: small structures; and at the other end."""
-    assert all(ops[0] <= p.ops <= ops[1] and data.check_trace(p, p.response).ok for p in problems(20, ops=ops))
+    for p in problems(20, ops=ops):
+        assert ops[0] <= p.ops <= ops[1] and data.check_trace(p, p.response).ok
 
 
 @pytest.mark.skipif(not REFERENCE.exists(), reason="the released generator's records are not here")
@@ -138,31 +152,42 @@ def test_released_records():
         report = data.check_trace(problem, problem.response)
         assert report.ok, (number, report)
         passed += 1
-        again = data.check_trace(problem, data.write_response(problem, data.read_steps(problem, problem.response)))
-        assert again.ok and (again.steps, again.reflections, again.analyses) == (report.steps, report.reflections, report.analyses)
-    assert passed == 299 and len(refused) == 1 and "'each Kid's Animal Farm' is neither described nor implied" in refused[0]
+        rewritten = data.write_response(problem, data.read_steps(problem, problem.response))
+        again = data.check_trace(problem, rewritten)
+        assert again.ok and again.steps == report.steps
+        assert (again.reflections, again.analyses) == (report.reflections, report.analyses)
+    assert passed == 299 and len(refused) == 1
+    assert "'each Kid's Animal Farm' is neither described nor implied" in refused[0]
 
 
 FARM = """The number of each Tall Barn's Tin Crate equals 5 more than each Old Barn's Crate.
 The number of each Old Barn's Tin Crate equals 2.
-The number of each Old Barn's Pine Crate equals the sum of each Old Barn's Tin Crate and each Old Barn's Tin Crate.
+The number of each Old Barn's Pine Crate equals \
+the sum of each Old Barn's Tin Crate and each Old Barn's Tin Crate.
 How many Tin Crate does each Tall Barn have?"""
-BENCH = "The value of aab is 5.\naac gets its value by subtracting the value of aab from the value of aad.\nThe value of aad is 2.\n" \
-        "What is the value of aac?"
+BENCH = """The value of aab is 5.
+aac gets its value by subtracting the value of aab from the value of aad.
+The value of aad is 2.
+What is the value of aac?"""
 
 
 @pytest.mark.parametrize("text, old, new, line", [
     (FARM, "equals 2.", "equals 2", 2), (FARM, "equals 2.", "equals 2 each Tall Barn's Tin Crate.", 2),
     (FARM, "5 more than each Old Barn's Crate", "5 more than", 1), (FARM, "5 more than", "5 less than", 1),
-    (FARM, "5 more than", "05 more than", 1), (FARM, "5 more", "٥ more", 1), (FARM, "5 more", "5" * 5000 + " more", 1),
-    (FARM, "sum of each Old Barn's Tin Crate and", "difference of each Old Barn's Pine Crate, each Old Barn's Tin Crate and", 3),
-    (FARM, "the sum of each Old Barn's Tin Crate and", "the sum of", 3), (FARM, "Old Barn's Pine", "Old Barn's Tin", 3),
-    (FARM, "Old Barn's Crate", "Tin Crate's Old Barn", 1), (FARM, "equals 2", "equals each Tall Barn's Tin Crate", 4),
+    (FARM, "5 more than", "05 more than", 1), (FARM, "5 more", "٥ more", 1),
+    (FARM, "5 more", "5" * 5000 + " more", 1),
+    (FARM, "sum of each Old Barn's Tin Crate and",
+     "difference of each Old Barn's Pine Crate, each Old Barn's Tin Crate and", 3),
+    (FARM, "the sum of each Old Barn's Tin Crate and", "the sum of", 3),
+    (FARM, "Old Barn's Pine", "Old Barn's Tin", 3),
+    (FARM, "Old Barn's Crate", "Tin Crate's Old Barn", 1),
+    (FARM, "equals 2", "equals each Tall Barn's Tin Crate", 4),
     (FARM, "each Tall Barn have", "each Round Barn have", 4), (FARM, "How many", "How much", 4),
-    (BENCH, "is 5", "is five", 1), (BENCH, "aab from", "aaf from", 2), (BENCH, "aad is 2", "aab is 2", 3), (BENCH, "value of aac?", "value of aaz?", 4),
+    (BENCH, "is 5", "is five", 1), (BENCH, "aab from", "aaf from", 2), (BENCH, "aad is 2", "aab is 2", 3),
+    (BENCH, "value of aac?", "value of aaz?", 4),
     (BENCH, "is 2.", "is 2.5.", 3), (BENCH, "aab is 5", "aad is 5", 3)])
 def test_broken_questions_are_refused(text, old, new, line):
-    """A question that breaks the grammar, contradicts itself, runs in a circle or leaves something open is answered."""
+    """An answer to a question that breaks the grammar, contradicts itself, is circular or leaves a gap."""
     assert data.read_question(text).answer in (11, -3)
     broken = text.replace(old, new, 1)
     assert broken != text
@@ -178,12 +203,49 @@ def test_monsters_are_refused():
         data.read_question("\n".join(["The value of aa is 3.", *lines, "What is the value of ab?"]))
 
 
-@pytest.mark.parametrize("flags, digest", [(("--ops", "15", "20"), "9f2dbd89e568d63d"), (("--task", "promptbench"), "3a20d1e0bac0e8ab")])
+def chain(n):
+    """A question of n quantities, each computed from the one before it."""
+    names = ["".join(letters) for letters in product("abcdefgh", repeat=3)][:n]
+    lines = [f"{b} gets its value by adding together the value of {a} and {names[0]}."
+             for a, b in zip(names, names[1:])]
+    return "\n".join([f"The value of {names[0]} is 1.", *lines, f"What is the value of {names[-1]}?"])
+
+
+def tower(n):
+    """A question over n layers of one item each: what it asks for rests on n - 3 other implied quantities."""
+    lines = [f"The number of each L{i + 1}'s L{i} equals 1." for i in range(n - 1)]
+    question = "\n".join([*lines, f"How many C0 does each L{n - 1} have?"])
+    return question, {f"C{i}": [f"L{i}"] for i in range(n)}
+
+
+def fan(n):
+    """A question in which one quantity is the sum of n others."""
+    names = [f"each B's A{i}" for i in range(n)]
+    lines = [f"The number of {name} equals 1." for name in names]
+    lines.append(f"The number of each C's B equals the sum of {data.listed(names)}.")
+    categories = {"As": [f"A{i}" for i in range(n)], "Bs": ["B"], "Cs": ["C"]}
+    return "\n".join([*lines, "How many B does each C have?"]), categories
+
+
+def test_large_questions():
+    """A traceback where a question is deeper than Python can recurse; a bound that refuses too much."""
+    deepest, widest = (chain(data.MOST_NODES),), fan(data.MOST_PARENTS)
+    for question, answer in ((deepest, 400), (tower(200), 1), (widest, 100)):
+        problem = data.read_question(*question)
+        assert problem.answer == answer and data.draw_picture(problem)
+    for question in ((chain(data.MOST_NODES + 1),), tower(202), tower(400), fan(data.MOST_PARENTS + 1)):
+        with pytest.raises(ValueError, match="^line [0-9]+: over 400 quantities, or one .* from over 100$"):
+            data.read_question(*question)
+
+
+@pytest.mark.parametrize("flags, digest", [
+    (("--ops", "15", "20"), "9f2dbd89e568d63d"), (("--task", "promptbench"), "3a20d1e0bac0e8ab")])
 def test_same_seed_same_bytes(flags, digest, script, tmp_path, monkeypatch):
     """A draw that depends on the workers, on the hash seed of Python, or on the version of this file."""
     for workers, hash_seed in [(1, "0"), (2, "1")]:
         monkeypatch.setenv("PYTHONHASHSEED", hash_seed)
-        done = script("data.py", *flags, "--n", 150, "--seed", 100, "--workers", workers, "--out", "out.jsonl")
+        done = script("data.py", *flags, "--n", 150, "--seed", 100, "--workers", workers,
+                      "--out", "out.jsonl")
         assert done.returncode == 0 and "150 problems" in done.stdout and "duplicates dropped" in done.stdout
         assert hashlib.sha256((tmp_path / "out.jsonl").read_bytes()).hexdigest()[:16] == digest
 
@@ -193,14 +255,18 @@ def test_splits_are_disjoint():
     for problem in problems(30, ops=(2, 3), split=None):
         shuffled = inject.shuffle_premises(problem, random.Random(1))
         assert data.split_of(shuffled) == data.split_of(problem.question)
-    splits = [{data.fingerprint(p.question) for p in problems(100, ops=(2, 2), split=split)} for split in data.SPLITS]
-    assert not set.intersection(*splits[:2]) and not set.intersection(*splits[1:]) and not splits[0] & splits[2]
+    splits = [{data.fingerprint(p.question) for p in problems(100, ops=(2, 2), split=split)}
+              for split in data.SPLITS]
+    assert not splits[0] & splits[1] and not splits[1] & splits[2] and not splits[0] & splits[2]
 
 
 @pytest.mark.parametrize("options, flag", [
-    (dict(ops=(9, 3)), "--ops 9 3"), (dict(ops=(0, 3)), "--ops"), (dict(ops=(3, 31)), "--ops"), (dict(split="dev"), "--split dev"),
-    (dict(task="gsm8k"), "--task gsm8k"), (dict(task="promptbench", depth=0), "--depth 0"), (dict(max_value=0), "--max-value 0"),
-    (dict(task="promptbench", redundancy=(3, 1)), "--redundancy 3 1"), (dict(ops=(30, 30), size=(2, 2)), "no new problem")])
+    (dict(ops=(9, 3)), "--ops 9 3"), (dict(ops=(0, 3)), "--ops"), (dict(ops=(3, 31)), "--ops"),
+    (dict(split="dev"), "--split dev"),
+    (dict(task="gsm8k"), "--task gsm8k"), (dict(task="promptbench", depth=0), "--depth 0"),
+    (dict(max_value=0), "--max-value 0"),
+    (dict(task="promptbench", redundancy=(3, 1)), "--redundancy 3 1"),
+    (dict(ops=(30, 30), size=(2, 2)), "no new problem")])
 def test_impossible_wishes(options, flag):
     """An endless search or a traceback in place of a sentence that names the flag."""
     with pytest.raises(data.InputError, match=flag) as error:
@@ -209,10 +275,80 @@ def test_impossible_wishes(options, flag):
 
 
 # --------------------------------------------------------------------------------------- the executor
+def side_by_definition(text):
+    """What `read_side` should say. A side is operands with " + ", " - " or " * " between them; an operand is
+    a number, letters or "(" side ")"; there are fewer than 100 tokens."""
+    def operand(at):
+        if match := re.compile("-?[0-9]{1,100}|[A-Za-z]+").match(text, at):
+            token = match[0] if match[0].isalpha() else int(match[0])
+            return [token], match.end()
+        if text[at:at + 1] != "(":
+            raise ValueError
+        inner, at = side(at + 1)
+        if text[at:at + 1] != ")":
+            raise ValueError
+        return ["(", *inner, ")"], at + 1
+
+    def side(at):
+        tokens, at = operand(at)
+        while text[at:at + 3] in (" + ", " - ", " * "):
+            more, end = operand(at + 3)
+            tokens, at = [*tokens, text[at + 1], *more], end
+        return tokens, at
+
+    try:
+        tokens, end = side(0)
+    except ValueError:
+        return None
+    return tuple(tokens) if end == len(text) and len(tokens) < 100 else None
+
+
+def random_side(rng, depth):
+    if depth == 0 or rng.random() < .3:
+        return rng.choice(["5", "-3", "x", "abc", "017"])
+    return "(" + rng.choice([" + ", " - ", " * "]).join(random_side(rng, depth - 1) for _ in range(4)) + ")"
+
+
+def test_sides_are_read_by_the_definition():
+    """A regular expression that takes what is no formula, or refuses one: sides of answers, 60,000 others."""
+    responses = [p.response for options in SETTINGS.values() for p in problems(20, seed=3, **options)]
+    if REFERENCE.exists():
+        responses += [json.loads(line)["response"] for line in REFERENCE.read_text().splitlines()]
+    rng = random.Random(8)
+    pieces = [*" ()+-*=", "5", "-7", "x", "ab", " + ", " - ", " * ", "(3 - y)", "٣", "9" * 101]
+    lines = [line.rstrip(".") for text in responses for line in text.split("\n")]
+    sides = [side for line in lines for side in line.split(" = ")[1:]]
+    assert None not in map(data.read_side, sides)
+    for n in range(60_000):
+        noise = "".join(rng.choices(pieces, k=rng.randint(0, 9)))
+        text = random_side(rng, rng.randint(0, 3)) if n % 2 else noise
+        if text[:1] + text[-1:] == "()" and n % 3:
+            text = text[1:-1]
+        if text and n % 5 == 0:
+            at = rng.randrange(len(text))
+            text = text[:at] + rng.choice(pieces) + text[at + 1:]
+        sides.append(text)
+    for text in sides:
+        assert data.read_side(text) == side_by_definition(text), text
+
+
+def test_line_kinds(sound):
+    """A behavior that is shown as another, or a plain line that is marked."""
+    for task in sound:
+        for problem, steps, text in sound[task]:
+            assert not any(map(data.line_kind, problem.response.split("\n")))
+            text = inject.inject(problem, problem.response, p=.5, rng=random.Random(1))
+            kinds = Counter(map(data.line_kind, text.split("\n")))
+            report, read = data.check_trace(problem, text), data.read_steps(problem, text)
+            assert (kinds["reflection"], kinds["analysis"]) == (report.reflections, report.analyses)
+            assert kinds["subgoal"] == sum(step.subgoal and not step.analysis for step in read)
+            assert report.subgoals == sum(step.subgoal for step in read)
+
+
 def doctored(problem, node, formula, steps):
     """The answer that follows from another formula of one node; everything else in it agrees."""
     nodes = problem.nodes | {node: problem.nodes[node]._replace(formula=formula)}
-    return data.write_response(data.Problem("", problem.answer, problem.target, nodes, task=problem.task), steps)
+    return data.write_response(replace(problem, nodes=nodes), steps)
 
 
 def edit(response, index, old, new):
@@ -223,8 +359,8 @@ def edit(response, index, old, new):
 
 
 class Corrupt:
-    """Each method: (problem, steps, the answer they make, rng) -> (corrupted answer, kind, reason), or None where the
-    problem offers no occasion."""
+    """Each method: (problem, steps, the answer they make, rng) -> (corrupted answer, kind, reason), or None
+    where the problem offers no occasion."""
 
     def swapped_operands(problem, steps, text, rng):
         for s in steps:
@@ -236,7 +372,8 @@ class Corrupt:
         s = rng.choice(steps)
         f = problem.nodes[s.node].formula
         if isinstance(f[0], int) and len(f) > 1:
-            return doctored(problem, s.node, (f[0] + 1,) + f[1:], steps), "retrieval", "is not what the problem says"
+            bad = doctored(problem, s.node, (f[0] + 1,) + f[1:], steps)
+            return bad, "retrieval", "is not what the problem says"
 
     def another_number_given(problem, steps, text, rng):
         i = rng.choice([i for i, s in enumerate(steps) if len(problem.nodes[s.node].formula) == 1])
@@ -251,7 +388,8 @@ class Corrupt:
     def merged_operation(problem, steps, text, rng):
         for i, s in enumerate(steps):
             if len(problem.nodes[s.node].formula) > 3 and problem.task == "igsm":
-                return edit(text, i, r"( = [^=]*[-+*][^=]*)( = [^=]*[-+*][^=]*)( = [^=]*)( = \S+)$", r"\1\2\4"), "arithmetic", "more than one operation"
+                bad = edit(text, i, r"( = [^=]*[-+*][^=]*)( = [^=]*[-+*][^=]*)( = [^=]*)( = \S+)$", r"\1\2\4")
+                return bad, "arithmetic", "more than one operation"
 
     def letter_reused(problem, steps, text, rng):
         i = rng.randrange(1, len(steps))
@@ -263,13 +401,16 @@ class Corrupt:
         i = rng.choice([i for i, s in enumerate(steps) if problem.nodes[s.node].parents])
         p = problem.nodes[steps[i].node].parents[0]
         letter = next(s.letter for s in steps if s.node == p)
-        new = "zzz" if len(letter) > 1 else next(x for x in data.LETTERS if x not in {s.letter for s in steps})
-        return edit(text, i, rf"(\w = (?:[^=]*\W)?){letter}\b(?=[^=]* = )", rf"\g<1>{new}"), "format", f"the letter {new} has no value"
+        unused = next(x for x in data.LETTERS if x not in {s.letter for s in steps})
+        new = "zzz" if len(letter) > 1 else unused
+        bad = edit(text, i, rf"(\w = (?:[^=]*\W)?){letter}\b(?=[^=]* = )", rf"\g<1>{new}")
+        return bad, "format", f"the letter {new} has no value"
 
     def letter_changed(problem, steps, text, rng):
         i = rng.randrange(len(steps) - 1)
         if problem.task == "igsm":
-            node, missing = steps[-1].node, tuple(p for p in problem.nodes[steps[-1].node].parents if p not in {s.node for s in steps[:i]})
+            node, solved = steps[-1].node, {s.node for s in steps[:i]}
+            missing = tuple(p for p in problem.nodes[node].parents if p not in solved)
             letter = next(x for x in data.LETTERS if x not in {s.letter for s in steps})
             bad = data.open_step(problem, node, letter, rng)._replace(missing=missing)
             lines = data.write_response(problem, steps[:i] + [bad] + steps[i:]).split("\n")
@@ -283,15 +424,18 @@ class Corrupt:
         for i, s in enumerate(steps):
             f = problem.nodes[s.node].formula
             line = text.split("\n")[i + 1]
-            if len(f) == 3 and f[1] == "+" and (m := re.search(r"= (-?\d+) \+ (-?\d+) =", line)) and m[1] != m[2]:
-                return edit(text, i, r"= (-?\d+) \+ (-?\d+) =", r"= \2 + \1 ="), "retrieval", "not the values of the letters"
+            m = re.search(r"= (-?\d+) \+ (-?\d+) =", line)
+            if len(f) == 3 and f[1] == "+" and m and m[1] != m[2]:
+                bad = edit(text, i, r"= (-?\d+) \+ (-?\d+) =", r"= \2 + \1 =")
+                return bad, "retrieval", "not the values of the letters"
 
     def words_in_the_equation(problem, steps, text, rng):
         return edit(text, rng.randrange(len(steps)), r" = ", " = about "), "format", "cannot be read"
 
     def reflection_on_unlocked(problem, steps, text, rng):
         i = rng.choice([i for i, s in enumerate(steps) if problem.nodes[s.node].parents])
-        bad = data.open_step(problem, steps[i].node, steps[i].letter, rng)._replace(missing=problem.nodes[steps[i].node].parents[:1])
+        bad = data.open_step(problem, steps[i].node, steps[i].letter, rng)
+        bad = bad._replace(missing=problem.nodes[steps[i].node].parents[:1])
         return data.write_response(problem, steps[:i] + [bad] + steps[i:]), "order", "which can be solved"
 
     def reflection_naming_solved(problem, steps, text, rng):
@@ -299,12 +443,14 @@ class Corrupt:
             parents, solved = problem.nodes[s.node].parents, {t.node for t in steps[:i - 1]}
             if len(parents) > 1 and solved & set(parents) and not solved.issuperset(parents):
                 bad = data.open_step(problem, s.node, s.letter, rng)._replace(missing=parents)
-                return data.write_response(problem, steps[:i - 1] + [bad] + steps[i - 1:]), "order", "other quantities"
+                bad = data.write_response(problem, steps[:i - 1] + [bad] + steps[i - 1:])
+                return bad, "order", "other quantities"
 
     def reflection_naming_too_few(problem, steps, text, rng):
         for s in steps:
             if len(problem.nodes[s.node].parents) > 1:
-                bad = data.open_step(problem, s.node, s.letter, rng)._replace(missing=problem.nodes[s.node].parents[1:])
+                bad = data.open_step(problem, s.node, s.letter, rng)
+                bad = bad._replace(missing=problem.nodes[s.node].parents[1:])
                 return data.write_response(problem, [bad] + steps), "order", "other quantities"
 
     def analysis_of_another(problem, steps, text, rng):
@@ -312,21 +458,19 @@ class Corrupt:
         i = rng.choice([i for i, s in enumerate(steps) if s.node in described])
         others = [q for q in described if problem.nodes[q].text != problem.nodes[steps[i].node].text]
         if others:
-            nodes = problem.nodes | {steps[i].node: problem.nodes[steps[i].node]._replace(text=problem.nodes[rng.choice(others)].text)}
-            steps = steps[:i] + [steps[i]._replace(analysis=True)] + steps[i + 1:]
-            bad = data.write_response(data.Problem("", problem.answer, problem.target, nodes, task=problem.task), steps)
-            return bad, "retrieval", "not the premise"
+            wrong = problem.nodes[rng.choice(others)].text
+            bad = steps[:i] + [steps[i]._replace(analysis=wrong)] + steps[i + 1:]
+            return data.write_response(problem, bad), "retrieval", "not the premise"
 
     def premise_misquoted(problem, steps, text, rng):
         i = rng.choice([i for i, s in enumerate(steps) if problem.nodes[s.node].text])
         node = problem.nodes[steps[i].node]
         wrong = re.sub(r"\d+", lambda m: str(int(m[0]) + 1), node.text)
-        wrong = wrong if wrong != node.text else node.text.replace("sum", "difference") if "sum" in wrong else ""
-        if wrong:
-            nodes = problem.nodes | {node.name: node._replace(text=wrong)}
-            steps = steps[:i] + [steps[i]._replace(analysis=True)] + steps[i + 1:]
-            bad = data.write_response(data.Problem("", problem.answer, problem.target, nodes, task=problem.task), steps)
-            return bad, "retrieval", "not the premise"
+        if wrong == node.text:
+            wrong = node.text.replace("sum", "difference")
+        if wrong != node.text:
+            bad = steps[:i] + [steps[i]._replace(analysis=wrong)] + steps[i + 1:]
+            return data.write_response(problem, bad), "retrieval", "not the premise"
 
     def target_early(problem, steps, text, rng):
         lines = text.split("\n")
@@ -359,13 +503,16 @@ class Corrupt:
                 return edit(text, 0, r"each .*?'s \w+ \w+", name), "retrieval", "does not define"
 
     def boxed_wrong(problem, steps, text, rng):
-        return text.replace(f"\\boxed{{{problem.answer}}}", f"\\boxed{{{problem.answer + 1}}}"), "answer", "the boxed answer is not"
+        bad = text.replace(f"\\boxed{{{problem.answer}}}", f"\\boxed{{{problem.answer + 1}}}")
+        return bad, "answer", "the boxed answer is not"
 
     def two_answers(problem, steps, text, rng):
-        return text.replace("</answer>", f"\\boxed{{{problem.answer}}}\n</answer>"), "format", "no single boxed"
+        bad = text.replace("</answer>", f"\\boxed{{{problem.answer}}}\n</answer>")
+        return bad, "format", "no single boxed"
 
     def answer_inside_think(problem, steps, text, rng):
-        return text.replace("</think>", "").replace("</answer>", "</answer>\n</think>"), "format", "no single boxed"
+        bad = text.replace("</think>", "").replace("</answer>", "</answer>\n</think>")
+        return bad, "format", "no single boxed"
 
     def steps_after_think(problem, steps, text, rng):
         text = text.replace("</think>\n<answer>\n", "").replace("<think>\n", "<think>\n</think>\n<answer>\n")
@@ -376,7 +523,8 @@ class Corrupt:
 
 
 CORRUPTIONS = {name: f for name, f in vars(Corrupt).items() if not name.startswith("_")}
-IGSM_ONLY = {"another_constant", "merged_operation", "letter_reused", "letter_changed"}  # PromptBench: no constants, names are letters, one operation
+# PromptBench: no constants, names are letters, one operation
+IGSM_ONLY = {"another_constant", "merged_operation", "letter_reused", "letter_changed"}
 
 
 @pytest.fixture(scope="module")
@@ -403,17 +551,21 @@ def test_corruption_is_caught(name, task, sound):
         made = CORRUPTIONS[name](problem, steps, text, random.Random(number))
         if made and made[0] != text and caught < wanted:
             report = data.check_trace(problem, made[0], subgoal=True)
-            assert report.error and report.error.kind in made[1] and made[2] in report.error.reason, (made, report)
+            assert report.error and report.error.kind in made[1], (made, report)
+            assert made[2] in report.error.reason, (made, report)
             assert report.error.line <= made[0].count("\n") + 1
             caught += 1
     assert caught == wanted
 
 
 def test_executor_survives_anything(sound):
-    """An exception or a hang on what a model writes: cut, spliced and repeated lines, monsters, nested brackets."""
+    """An exception or a hang on what a model writes: cut, spliced or repeated lines, monsters, brackets."""
     rng, slowest = random.Random(4), 0
-    monsters = ["9" * 5000, "(" * 3000 + "1" + ")" * 3000, "*".join(["99999"] * 3000), " * ".join(["9" * 99] * 3000), "(5)", "((5 + (1)))",
-                "- - 5", "", ")(", "= = =", "\x00", "٣", "²", "a" * 5000, "each Old Barn's " * 900, "<0>", "But " * 3000, "x = " * 4000, ". " * 9000]
+    monsters = ["9" * 5000, "(" * 3000 + "1" + ")" * 3000, "*".join(["99999"] * 3000),
+                " * ".join(["9" * 99] * 3000), "(5)", "((5 + (1)))",
+                "- - 5", "", ")(", "= = =", "\x00", "٣", "²", "a" * 5000,
+                "each Old Barn's " * 900, "<0>", "But " * 3000, "x = " * 4000,
+                ". " * 9000]
     for task in sound:
         for problem, steps, text in sound[task][:40]:
             lines = text.split("\n")
@@ -422,7 +574,8 @@ def test_executor_survives_anything(sound):
                 words[rng.randrange(len(words))] = rng.choice(monsters + words)
                 at = rng.randrange(len(lines))
                 bad = "\n".join(rng.choice([lines[:at] + [" ".join(words)] + lines[at + rng.randint(0, 2):],
-                                            lines[:at] + [" ".join(words)] * 40 + lines[at:], rng.sample(lines, len(lines))]))
+                                            lines[:at] + [" ".join(words)] * 40 + lines[at:],
+                                            rng.sample(lines, len(lines))]))
                 start = time.process_time()
                 data.check_trace(problem, bad)
                 slowest = max(slowest, time.process_time() - start)
@@ -432,27 +585,42 @@ def test_executor_survives_anything(sound):
 
 # ---------------------------------------------------------------------------------------------- reward
 ENDINGS = {  # ending -> reward for the answer -7
-    "</think><answer>\\boxed{-7}</answer>": 1, "x</think>\n<answer>\nThe final answer is \\boxed{-7}.\n</answer>": 1,
-    "<think>x</think><answer>\\boxed{-7}</answer>": 1, "  <think></think> \n <answer> \\boxed{-7} </answer>\n\n": 1,
+    "</think><answer>\\boxed{-7}</answer>": 1,
+    "x</think>\n<answer>\nThe final answer is \\boxed{-7}.\n</answer>": 1,
+    "<think>x</think><answer>\\boxed{-7}</answer>": 1,
+    "  <think></think> \n <answer> \\boxed{-7} </answer>\n\n": 1,
     "x</think><answer>7 or 8? \\boxed{-7}!</answer>": 1, "x</think><answer>\\boxed{-07}</answer>": 1,
-    "x</think><answer>\\boxed{7}</answer>": 0, "x</think><answer>\\boxed{--7}</answer>": 0, "x</think><answer>\\boxed{+-7}</answer>": 0,
-    "x</think><answer>\\boxed{- 7}</answer>": 0, "x</think><answer>\\boxed{ -7}</answer>": 0, "x</think><answer>\\boxed{-7 }</answer>": 0,
-    "x</think><answer>\\boxed{-7.0}</answer>": 0, "x</think><answer>\\boxed{-7,0}</answer>": 0, "x</think><answer>\\boxed{−7}</answer>": 0,
-    "x</think><answer>\\boxed{-٧}</answer>": 0, "x</think><answer>\\boxed{-７}</answer>": 0, "x</think><answer>\\boxed{}</answer>": 0,
-    "x</think><answer>\\boxed{-7</answer>": 0, "x</think><answer>boxed{-7}</answer>": 0, "x</think><answer>-7</answer>": 0,
-    "x</think><answer>\\boxed -7</answer>": 0, "x</think><answer>\\boxed{x}</answer>": 0, "x</think><answer>\\boxed{1e1}</answer>": 0,
-    "x</think><answer>\\boxed{-7}\\boxed{-7}</answer>": 0, "x</think><answer>\\boxed{-7} or \\boxed{7}</answer>": 0,
+    "x</think><answer>\\boxed{7}</answer>": 0, "x</think><answer>\\boxed{--7}</answer>": 0,
+    "x</think><answer>\\boxed{+-7}</answer>": 0,
+    "x</think><answer>\\boxed{- 7}</answer>": 0, "x</think><answer>\\boxed{ -7}</answer>": 0,
+    "x</think><answer>\\boxed{-7 }</answer>": 0,
+    "x</think><answer>\\boxed{-7.0}</answer>": 0, "x</think><answer>\\boxed{-7,0}</answer>": 0,
+    "x</think><answer>\\boxed{−7}</answer>": 0,
+    "x</think><answer>\\boxed{-٧}</answer>": 0, "x</think><answer>\\boxed{-７}</answer>": 0,
+    "x</think><answer>\\boxed{}</answer>": 0,
+    "x</think><answer>\\boxed{-7</answer>": 0, "x</think><answer>boxed{-7}</answer>": 0,
+    "x</think><answer>-7</answer>": 0,
+    "x</think><answer>\\boxed -7</answer>": 0, "x</think><answer>\\boxed{x}</answer>": 0,
+    "x</think><answer>\\boxed{1e1}</answer>": 0,
+    "x</think><answer>\\boxed{-7}\\boxed{-7}</answer>": 0,
+    "x</think><answer>\\boxed{-7} or \\boxed{7}</answer>": 0,
     "x</think><answer>\\boxed{-7} \\boxed{</answer>": 0, "x</think><answer>\\boxed{\\boxed{-7}}</answer>": 0,
-    "\\boxed{-7}</think><answer>\\boxed{-7}</answer>": 0, "x</think>\\boxed{-7}<answer>\\boxed{-7}</answer>": 0,
+    "\\boxed{-7}</think><answer>\\boxed{-7}</answer>": 0,
+    "x</think>\\boxed{-7}<answer>\\boxed{-7}</answer>": 0,
     "x</think><answer>\\boxed{-7}</answer>\\boxed{-7}": 0, "x</think><answer>\\boxed{-7}</answer> so -7": 0,
-    "x</think>so <answer>\\boxed{-7}</answer>": 0, "x</think><answer>\\boxed{-7}": 0, "x</think>\\boxed{-7}</answer>": 0,
+    "x</think>so <answer>\\boxed{-7}</answer>": 0, "x</think><answer>\\boxed{-7}": 0,
+    "x</think>\\boxed{-7}</answer>": 0,
     "x</think>\\boxed{-7}": 0, "x<answer>\\boxed{-7}</answer>": 0, "x<answer>\\boxed{-7}</answer></think>": 0,
     "<answer>\\boxed{-7}</answer>": 0, "x</think></think><answer>\\boxed{-7}</answer>": 0,
-    "x</think><answer><think></think>\\boxed{-7}</answer>": 0, "<think><think>x</think><answer>\\boxed{-7}</answer>": 0,
-    "x</think><answer><answer>\\boxed{-7}</answer></answer>": 0, "x</think><answer></answer><answer>\\boxed{-7}</answer>": 0,
+    "x</think><answer><think></think>\\boxed{-7}</answer>": 0,
+    "<think><think>x</think><answer>\\boxed{-7}</answer>": 0,
+    "x</think><answer><answer>\\boxed{-7}</answer></answer>": 0,
+    "x</think><answer></answer><answer>\\boxed{-7}</answer>": 0,
     "x</think><answer>\\boxed{-7}</answer></answer>": 0, "<answer>x</think><answer>\\boxed{-7}</answer>": 0,
-    "x</THINK><answer>\\boxed{-7}</answer>": 0, "x</think><answer>\\boxed{-7}</ANSWER>": 0, "x</think><answer>\\BOXED{-7}</answer>": 0,
-    "x</think><answer>\\boxed{-7" + "0" * 6000 + "}</answer>": 0, "x</think><answer>\\boxed{99**98**97}</answer>": 0, "": 0, "</answer>": 0}
+    "x</THINK><answer>\\boxed{-7}</answer>": 0, "x</think><answer>\\boxed{-7}</ANSWER>": 0,
+    "x</think><answer>\\BOXED{-7}</answer>": 0,
+    "x</think><answer>\\boxed{-7" + "0" * 6000 + "}</answer>": 0,
+    "x</think><answer>\\boxed{99**98**97}</answer>": 0, "": 0, "</answer>": 0}
 
 
 def test_reward_table():
@@ -464,13 +632,16 @@ def test_reward_table():
 
 
 def test_reward_on_noise():
-    """An exception or a slow case of a regular expression: noise of bytes and of the reward's own words, up to 20 kB."""
-    rng, pieces = random.Random(2), ["<think>", "</think>", "<answer>", "</answer>", "\\boxed{", "}", "\\boxed{7}", "-", "7", "\n", " "]
-    hostile = [piece * (20_000 // len(piece)) for piece in pieces] + ["</think><answer>" + "\\boxed{" + "7" * 20_000 + "}</answer>"]
+    """An exception or a slow regular expression: noise of bytes and the reward's own words, up to 20 kB."""
+    rng, pieces = random.Random(2), ["<think>", "</think>", "<answer>", "</answer>", "\\boxed{", "}",
+                                     "\\boxed{7}", "-", "7", "\n", " "]
+    hostile = [piece * (20_000 // len(piece)) for piece in pieces]
+    hostile.append("</think><answer>" + "\\boxed{" + "7" * 20_000 + "}</answer>")
     worst = 0
     for n in range(200_000 if FULL else 6000):
         size = 20_000 if n % 100 == 0 else rng.randint(0, 300)
-        text = rng.randbytes(size).decode("utf-8", "replace") if n % 2 else "".join(rng.choices(pieces, k=size // 5))
+        words = "".join(rng.choices(pieces, k=size // 5)) if n % 2 == 0 else ""
+        text = rng.randbytes(size).decode("utf-8", "replace") if n % 2 else words
         text = hostile[n] if n < len(hostile) else text
         start = time.process_time()
         assert data.reward(text, 7) in (0.0, 1.0)
@@ -494,11 +665,16 @@ GOOD = '{"question": "What is the value of ab?", "answer": 1, "task": "promptben
 
 
 @pytest.mark.parametrize("content, line", [
-    ("", "holds no problem"), ("\n\n", "holds no problem"), (GOOD + "{oops\n", "line 2: not JSON"), (GOOD + "[1]\n", "line 2"), ("[" * 100_000, "line 1"),
-    ('{"question": "x"}\n', "'answer'"), ('{"question": "x", "answer": true}\n', "'answer'"), ('{"question": "x", "answer": "7"}\n', "'answer'"),
-    ('{"question": 3, "answer": 7}\n', "'question'"), ('{"question": "x", "answer": 7, "response": 3}\n', "'response'"),
-    ('{"question": "x", "answer": 7, "categories": {"a": "b"}}\n', "'categories'"), ('{"question": "x", "answer": 7, "task": []}\n', "'task'"),
-    ('{"question": "x", "answer": ' + "7" * 5000 + "}\n", "line 1"), ('{"question": "x", "answer": 7, "ops": "a"}\n', "'ops'"),
+    ("", "holds no problem"), ("\n\n", "holds no problem"), (GOOD + "{oops\n", "line 2: not JSON"),
+    (GOOD + "[1]\n", "line 2"), ("[" * 100_000, "line 1"),
+    ('{"question": "x"}\n', "'answer'"), ('{"question": "x", "answer": true}\n', "'answer'"),
+    ('{"question": "x", "answer": "7"}\n', "'answer'"),
+    ('{"question": 3, "answer": 7}\n', "'question'"),
+    ('{"question": "x", "answer": 7, "response": 3}\n', "'response'"),
+    ('{"question": "x", "answer": 7, "categories": {"a": "b"}}\n', "'categories'"),
+    ('{"question": "x", "answer": 7, "task": []}\n', "'task'"),
+    ('{"question": "x", "answer": ' + "7" * 5000 + "}\n", "line 1"),
+    ('{"question": "x", "answer": 7, "ops": "a"}\n', "'ops'"),
     (b"\xff\xfe\x00", "UTF-8"), (None, "No such file")])
 def test_bad_files(content, line, tmp_path):
     """A traceback, or a message that does not say which file and line."""
@@ -511,8 +687,10 @@ def test_bad_files(content, line, tmp_path):
 
 
 @pytest.mark.parametrize("arguments, word", [
-    (["--ops", 9, 3], "--ops 9 3"), (["--ops", 9], "--ops"), (["--wurst"], "--wurst"), (["--n", 0], "--n"), (["--seed", -1], "--seed"),
-    (["--task", "gsm8k"], "--task"), (["--task", "promptbench", "--redundancy", 9, 3], "--redundancy 9 3"), (["--out", "no/where.jsonl"], "no/where.jsonl")])
+    (["--ops", 9, 3], "--ops 9 3"), (["--ops", 9], "--ops"), (["--wurst"], "--wurst"), (["--n", 0], "--n"),
+    (["--seed", -1], "--seed"),
+    (["--task", "gsm8k"], "--task"), (["--task", "promptbench", "--redundancy", 9, 3], "--redundancy 9 3"),
+    (["--out", "no/where.jsonl"], "no/where.jsonl")])
 def test_bad_flags(arguments, word, script):
     """A traceback, a silent default, or a message that does not name the flag."""
     done = script("data.py", *arguments)
@@ -522,4 +700,5 @@ def test_bad_flags(arguments, word, script):
 def test_without_arguments(script):
     """The first thing a reader runs does not show the problem, its graph and its answer."""
     done = script("data.py")
-    assert done.returncode == 0 and "How many" in done.stdout and " +-- each " in done.stdout and "</answer>" in done.stdout
+    assert done.returncode == 0
+    assert "How many" in done.stdout and " +-- each " in done.stdout and "</answer>" in done.stdout

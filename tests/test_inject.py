@@ -1,6 +1,6 @@
-"""Injected answers: every one is sound, holds the behaviors at the rate that was asked for, and changes nothing else.
+"""Injected answers: every one is sound, has the behaviors at the rate that was asked for, and nothing else.
 
-BRIDGE_FULL=1 runs the same tests over 2,000 problems a setting and prints the figures; with -s they are shown."""
+BRIDGE_FULL=1 runs the same tests over 2,000 problems a setting and prints the figures; -s shows them."""
 import doctest, json, os, random, re
 from collections import Counter
 from itertools import islice
@@ -27,20 +27,23 @@ def plain_steps(problem, response):
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_every_trace_is_sound(name, problems):
-    """An edit that breaks the answer it edits, for any method; a copy that repeats another or changes the problem."""
+    """An edit that breaks the answer, for any method; a copy that repeats another or changes the problem."""
     total = Counter()
     for problem in problems[name]:
-        for method, options in [("vanilla", {}), ("bridge", {}), ("bridge", dict(p=0.5)), ("bridge", dict(official=True, p=0.3)),
+        for method, options in [("vanilla", {}), ("bridge", {}), ("bridge", dict(p=0.5)),
+                                ("bridge", dict(official=True, p=0.3)),
                                 ("pp-aug", {}), ("rc-aug", {})]:
             examples = inject.augment(problem, method, **options)
-            assert len(examples) == len(set(examples)) and (method == "bridge" or examples[0] == (problem.question, problem.response))
+            assert len(examples) == len(set(examples))
+            assert method == "bridge" or examples[0] == (problem.question, problem.response)
             for question, response in examples:
                 read = data.read_question(question, problem.categories)
                 report = data.check_trace(read, response, subgoal=method == "bridge")
                 assert report.ok, (response, report)
                 assert (read.answer, read.nodes) == (problem.answer, problem.nodes)
                 assert data.fingerprint(question) == data.fingerprint(problem.question)
-                assert method == "bridge" or report.reflections == report.analyses == report.subgoals == report.redundant == 0
+                if method != "bridge":
+                    assert report.reflections == report.analyses == report.subgoals == report.redundant == 0
                 if "official" in options:
                     total["early"] += report.redundant
                 elif method == "bridge":
@@ -53,10 +56,11 @@ def test_every_trace_is_sound(name, problems):
 
 
 def test_rc_aug_finds_every_order():
-    """Fewer copies than the problem has orders: here eight, the sum after its two summands among four steps."""
+    """Fewer copies than the problem has orders: here eight, the sum after its summands among four steps."""
     question = "\n".join(["The value of aab is 1.", "The value of aac is 2.", "The value of aad is 3.",
                           "aae gets its value by adding together the value of aab and aac.",
-                          "aaf gets its value by multiplying together the value of aae and aad.", "What is the value of aaf?"])
+                          "aaf gets its value by multiplying together the value of aae and aad.",
+                          "What is the value of aaf?"])
     problem = data.read_question(question)
     steps = [data.open_step(problem, q, q, random.Random(0)) for q in data.needed_nodes(problem.nodes, "aaf")]
     problem.response = data.write_response(problem, steps)
@@ -66,7 +70,7 @@ def test_rc_aug_finds_every_order():
 
 @pytest.mark.parametrize("p", [0, .1, .3, 1])
 def test_rates_are_p(p, problems):
-    """A p that is applied to half the steps, twice, or to steps that have nothing locked: within 4 standard errors."""
+    """A p applied to half the steps, twice, or where nothing is locked: within 4 standard errors."""
     for name, chosen in problems.items():
         possible, seen = Counter(), Counter()
         for problem in chosen:
@@ -82,20 +86,22 @@ def test_rates_are_p(p, problems):
             assert abs(seen[kind] - p * n) <= 4 * (n * p * (1 - p)) ** .5
 
 
-@pytest.mark.parametrize("behaviors", [(), ("analysis",), ("reflection",), ("subgoal",), ("subgoal", "analysis", "reflection")])
+@pytest.mark.parametrize("behaviors", [
+    (), ("analysis",), ("reflection",), ("subgoal",), ("subgoal", "analysis", "reflection")])
 def test_each_behavior_has_its_switch(behaviors, problems):
-    """A switch that does nothing, or that brings another behavior along; p = 0 that still changes the answer."""
+    """A switch that does nothing, or brings another behavior along; p = 0 that still changes the answer."""
     for chosen in problems.values():
         counts = Counter()
         for problem in chosen[:20]:
-            assert inject.inject(problem, problem.response, [b for b in behaviors if b != "subgoal"], 0) == problem.response
+            others = [b for b in behaviors if b != "subgoal"]
+            assert inject.inject(problem, problem.response, others, 0) == problem.response
             report = data.check_trace(problem, inject.inject(problem, problem.response, behaviors, 1))
             counts.update(subgoal=report.subgoals, analysis=report.analyses, reflection=report.reflections)
         assert {name for name, k in counts.items() if k} == set(behaviors)
 
 
 def test_official_departs_as_the_released_code_does(problems):
-    """--official that draws as the paper does: analyses depend on the in-degree, reflections solve nodes early."""
+    """--official that draws as the paper: analyses go by the in-degree, reflections solve nodes early."""
     seen, early = {k: Counter() for k in range(5)}, 0
     for problem in problems["ops 20"] + problems["ops 25"]:
         for seed in range(1 if FULL else 5):
@@ -112,7 +118,7 @@ def test_official_departs_as_the_released_code_does(problems):
 
 
 def test_a_problem_is_edited_alike_wherever_it_stands(problems):
-    """Edits that depend on the order of the file or on how many were edited before; a seed that changes nothing."""
+    """Edits that depend on the order of the file or on those before; a seed that changes nothing."""
     first, second = problems["ops 15-20"][:2]
     alone = inject.augment(second, "bridge")
     inject.augment(first, "bridge")
@@ -124,13 +130,15 @@ def test_letters_may_run_out():
     for problem in islice(data.generate(ops=(30, 30), size=(28, 30)), 40):
         assert data.check_trace(problem, inject.inject(problem, problem.response, p=1)).ok
     few = [step.letter for step in data.read_steps(problem, problem.response)]
-    assert data.new_letter(problem, problem.target, data.LETTERS, random.Random(0)) is None and len(set(few)) == len(few)
+    assert data.new_letter(problem, problem.target, data.LETTERS, random.Random(0)) is None
+    assert len(set(few)) == len(few)
 
 
 def test_knows_no_grammar():
     """A word of either task's texts in inject.py: the behaviors are defined on the graph."""
-    code = Path(inject.__file__).read_text().partition('"""\nimport')[2]
-    assert code and not re.search(r"igsm|promptbench|LETTERS|categories|The number|Let's|equals|gets its|must be known", code)
+    code = Path(inject.__file__).read_text().partition('"""\nfrom')[2]
+    words = r"igsm|promptbench|LETTERS|categories|The number|Let's|equals|gets its|must be known"
+    assert code and not re.search(words, code)
 
 
 def test_doctests():
@@ -142,7 +150,7 @@ def test_doctests():
 # ------------------------------------------------------------------------------------------- the command
 @pytest.mark.parametrize("flags", [("--ops", 10, 12), ("--task", "promptbench")])
 def test_from_file_to_file(flags, script, tmp_path):
-    """A record that loses a field on its way through the two commands, or examples that the reader refuses."""
+    """A record that loses a field on its way through the commands, or examples that the reader refuses."""
     assert script("data.py", *flags, "--n", 20, "--out", "train.jsonl").returncode == 0
     plain = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
     problems = data.read_problems(tmp_path / "train.jsonl", graph=True)
@@ -158,12 +166,18 @@ def test_from_file_to_file(flags, script, tmp_path):
 
 
 @pytest.mark.parametrize("content, flags, word", [
-    ("{oops\n", ["--out", "o"], "train.jsonl, line 1"), ("", ["--out", "o"], "train.jsonl"), (None, ["--out", "o"], "train.jsonl"),
-    ('{"question": "What is the value of ab?", "answer": 1, "task": "promptbench"}', ["--out", "o"], "line 1"),
-    ('{"question": "The value of ab is 1.\\nWhat is the value of ab?", "answer": 2, "task": "promptbench"}', ["--out", "o"], "not 2"),
-    ('{"question": "The value of ab is 1.\\nWhat is the value of ab?", "answer": 1, "task": "promptbench"}', ["--out", "o"], "does not hold"),
-    ('{"question": "x", "answer": 1}', ["--out", "o", "--p", "2"], "--p"), ('{"question": "x", "answer": 1}', [], "--out"),
-    ('{"question": "x", "answer": 1}', ["--wurst"], "--wurst"), ('{"question": "x", "answer": 1}', ["--method", "ppaug"], "--method")])
+    ("{oops\n", ["--out", "o"], "train.jsonl, line 1"), ("", ["--out", "o"], "train.jsonl"),
+    (None, ["--out", "o"], "train.jsonl"),
+    ('{"question": "What is the value of ab?", "answer": 1, "task": "promptbench"}', ["--out", "o"],
+     "line 1"),
+    ('{"question": "The value of ab is 1.\\nWhat is the value of ab?", "answer": 2, "task": "promptbench"}',
+     ["--out", "o"], "not 2"),
+    ('{"question": "The value of ab is 1.\\nWhat is the value of ab?", "answer": 1, "task": "promptbench"}',
+     ["--out", "o"], "does not hold"),
+    ('{"question": "x", "answer": 1}', ["--out", "o", "--p", "2"], "--p"),
+    ('{"question": "x", "answer": 1}', [], "--out"),
+    ('{"question": "x", "answer": 1}', ["--wurst"], "--wurst"),
+    ('{"question": "x", "answer": 1}', ["--method", "ppaug"], "--method")])
 def test_bad_input(content, flags, word, script, tmp_path):
     """A traceback, or a half-written file beside a message that does not name the fault."""
     if content is not None:
@@ -176,4 +190,5 @@ def test_bad_input(content, flags, word, script, tmp_path):
 def test_without_arguments(script):
     """The first thing a reader runs does not show a plain answer beside its injected one."""
     done = script("inject.py")
-    assert done.returncode == 0 and "--- plain" in done.stdout and re.search(r"\[- .* has to wait\.\]", done.stdout)
+    assert done.returncode == 0 and "--- plain" in done.stdout
+    assert re.search(r"\[- .* has to wait\.\]", done.stdout)
