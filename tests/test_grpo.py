@@ -168,9 +168,9 @@ def batch(tiny):
     prompts = [sample.encode_prompt(policy.tokenizer, p.question) for p in problems]
     groups = sample.generate(policy, prompts, n=4, max_new_tokens=20, seed=3)
     groups[0][0].tokens, groups[0][0].logprobs = groups[0][0].tokens[:5], groups[0][0].logprobs[:5]  # unequal lengths
-    rollouts = [r for group in groups for r in group]
-    examples = [(p, r.tokens) for p, group in zip(prompts, groups) for r in group]
-    return examples, [r.logprobs for r in rollouts], torch.tensor([[1., 0, 0, 0], [0, 1, 0, 1], [0, 0, 0, 0]])
+    return grpo.Rollouts(examples=[(p, r.tokens) for p, group in zip(prompts, groups) for r in group],
+                         logprobs=[r.logprobs for group in groups for r in group],
+                         rewards=torch.tensor([[1., 0, 0, 0], [0, 1, 0, 1], [0, 0, 0, 0]]))
 
 
 def arguments(**changes):
@@ -197,7 +197,7 @@ def test_gradient_does_not_depend_on_micro_batches(tiny, batch, norm):
     for micro_tokens in (1, 200, 500, 10**9):
         policy = tiny()
         recorder = Recorder(policy.model)
-        row = grpo.train_step(policy, reference, recorder, *batch, arguments(norm=norm, micro_tokens=micro_tokens))
+        row = grpo.train_step(policy, reference, recorder, batch, arguments(norm=norm, micro_tokens=micro_tokens))
         gradients[micro_tokens] = recorder.gradient
         assert row["drift_max"] < 1e-4 and row["clip_frac"] == 0 and row["kl"] > 0 and row["entropy"] > 0
     truth = gradients.pop(10**9)
@@ -210,7 +210,7 @@ def step_gradient(policy, batch, monkeypatch=None, size=None, **options):
         monkeypatch.setattr(sft, "micro_batches", lambda lengths, tokens: [list(range(i, min(i + size, len(lengths))))
                                                                            for i in range(0, len(lengths), size)])
     recorder = Recorder(policy.model)
-    row = grpo.train_step(policy, policy.reference, recorder, *batch, arguments(**options))
+    row = grpo.train_step(policy, policy.reference, recorder, batch, arguments(**options))
     return recorder.gradient, row
 
 
@@ -231,10 +231,10 @@ def test_gradient_is_the_same_for_1_2_3_7_and_all_rows(tiny, batch, monkeypatch,
 
 def test_dropped_rollouts_leave_the_fraction_above_and_below_the_line(tiny, batch):
     """Bug: a dropped group that still counts in the denominator (rejected below), or whose KL still pulls."""
-    policy, (examples, sampled, rewards) = tiny(), batch
+    policy = tiny()
     policy.reference = tiny(1).model
     dropped, _ = step_gradient(policy, batch, drop_flat=True)
-    without, _ = step_gradient(policy, (examples[:8], sampled[:8], rewards[:2]))
+    without, _ = step_gradient(policy, grpo.Rollouts(batch.examples[:8], batch.logprobs[:8], batch.rewards[:2]))
     kept, _ = step_gradient(policy, batch)
     assert torch.allclose(dropped, without, rtol=1e-4, atol=1e-8)
     assert (dropped - without * 8 / 12).norm() > 0.1 * dropped.norm() and (dropped - kept).norm() > 0.01 * dropped.norm()
@@ -244,18 +244,19 @@ def test_dropped_rollouts_leave_the_fraction_above_and_below_the_line(tiny, batc
 
 def step_gradient_or_none(policy, batch, **options):
     recorder = Recorder(policy.model)
-    row = grpo.train_step(policy, policy.reference, recorder, *batch, arguments(**options))
+    row = grpo.train_step(policy, policy.reference, recorder, batch, arguments(**options))
     return getattr(recorder, "gradient", None), row
 
 
 def test_importance_weights_reach_the_gradient(tiny, batch):
     """Bugs: the sampler's log-probs of other rows; pi_sampler / pi_old; a weight that is differentiated."""
-    policy, (examples, sampled, rewards) = tiny(), batch
+    policy = tiny()
     policy.reference = None
     plain, _ = step_gradient(policy, batch, beta=0)
-    half = [[x - math.log(2) for x in row] for row in sampled]  # a sampler that gave every token half the trainer's probability
+    # a sampler that gave every token half the trainer's probability
+    half = [[x - math.log(2) for x in row] for row in batch.logprobs]
     for cap, factor in ((10, 2.0), (1.5, 1.5)):
-        weighted, _ = step_gradient(policy, (examples, half, rewards), beta=0, tis=cap)
+        weighted, _ = step_gradient(policy, grpo.Rollouts(batch.examples, half, batch.rewards), beta=0, tis=cap)
         assert torch.allclose(weighted, factor * plain, rtol=1e-3, atol=1e-6)
 
 
@@ -276,7 +277,7 @@ def test_gradient_checkpointing_recomputes(tiny, batch):
 def test_a_second_epoch_makes_the_clip_act(tiny, batch):
     """Bug: old log-probs taken after the update, so that the ratio is 1 for ever and the clip inert."""
     policy = tiny()
-    row = grpo.train_step(policy, None, sft.Optimizer(policy.model, lr=0.05), *batch, arguments(epochs=2, beta=0))
+    row = grpo.train_step(policy, None, sft.Optimizer(policy.model, lr=0.05), batch, arguments(epochs=2, beta=0))
     assert row["clip_frac"] > 0.05
 
 
@@ -285,8 +286,10 @@ def test_temperature_reaches_the_trainer(tiny):
     policy = tiny()
     prompts = [sample.encode_prompt(policy.tokenizer, "Compute.")]
     rollouts, = sample.generate(policy, prompts, n=4, max_new_tokens=8, temperature=0.5, seed=1)
-    parts = [(prompts[0], r.tokens) for r in rollouts], [r.logprobs for r in rollouts], torch.tensor([[1., 0, 0, 0]])
-    drift = [grpo.train_step(policy, None, Recorder(policy.model), *parts, arguments(beta=0, temperature=t))["drift_mean"] for t in (0.5, 1.0)]
+    four = grpo.Rollouts([(prompts[0], r.tokens) for r in rollouts], [r.logprobs for r in rollouts],
+                         torch.tensor([[1., 0, 0, 0]]))
+    drift = [grpo.train_step(policy, None, Recorder(policy.model), four, arguments(beta=0, temperature=t))["drift_mean"]
+             for t in (0.5, 1.0)]
     assert drift[0] < 1e-5 < 0.01 < drift[1]
 
 
@@ -344,8 +347,8 @@ def test_every_option_finds_the_better_arm(options):
             if shuffled:
                 rewards = rewards.flatten()[torch.randperm(64, generator=generator)].view(8, 8)
             drawn = arms.flatten().tolist()
-            grpo.train_step(policy, reference if args.beta else None, optimizer, [([0], [a]) for a in drawn],
-                            [[logp[a].item()] for a in drawn], rewards, args)
+            rollouts = grpo.Rollouts([([0], [a]) for a in drawn], [[logp[a].item()] for a in drawn], rewards)
+            grpo.train_step(policy, reference if args.beta else None, optimizer, rollouts, args)
         return model.lm_head.weight[:, 0].softmax(0)[1].item()
     assert final(shuffled=False) > 0.9
     assert final(shuffled=True) < 0.9
@@ -357,8 +360,8 @@ def test_format_reward_pays_for_what_can_be_read(tiny, monkeypatch):
     monkeypatch.setattr(sample, "generate", lambda *_, **__: [[sample.Rollout([i], [0.0], "eos") for i in range(3)]])
     monkeypatch.setattr(sample, "decode", lambda _, tokens: texts[tokens[0]])
     problem = SimpleNamespace(question="q", answer=7)
-    _, _, rewards, right, _ = grpo.roll_out(tiny(), [problem], arguments(format_reward=0.05, seed=0), 1, 3)
-    assert torch.allclose(rewards, torch.tensor([[1.05, 0.05, 0.0]])) and right.tolist() == [[1, 0, 0]]
+    rollouts = grpo.roll_out(tiny(), [problem], arguments(format_reward=0.05, seed=0), 1, 3)
+    assert torch.allclose(rollouts.rewards, torch.tensor([[1.05, 0.05, 0.0]])) and rollouts.right.tolist() == [[1, 0, 0]]
 
 
 def test_filter_keeps_the_range(monkeypatch):
@@ -367,7 +370,8 @@ def test_filter_keeps_the_range(monkeypatch):
 
     def roll_out(policy, problems, args, step, n, limit):
         asked.extend(problems)
-        return None, None, None, torch.tensor([[1.0] * counts[p % 10] + [0.0] * (n - counts[p % 10]) for p in problems]), None
+        right = torch.tensor([[1.0] * counts[p % 10] + [0.0] * (n - counts[p % 10]) for p in problems])
+        return grpo.Rollouts(None, None, None, right)
     monkeypatch.setattr(grpo, "roll_out", roll_out)
     args = SimpleNamespace(filter=(1, 7), prompts=3, data="file")
     assert grpo.select(None, iter(range(10)), args, None, wanted=2) == [1, 3, 4, 7, 8, 9] and asked == list(range(10))
@@ -490,11 +494,11 @@ def test_ctrl_c_saves_and_resume_goes_on(chapter, start, script, tmp_path, tiny_
     assert equal(outcome(tmp_path, "whole"), outcome(tmp_path, "run")) and not (tmp_path / "run.state.pt").exists()
 
 
-def test_a_second_ctrl_c_stops_at_once(tmp_path):
+def test_a_second_ctrl_c_stops_at_once():
     """Bug: a long step that nobody can leave."""
-    with sft.Run(str(tmp_path / "a.pt"), resume=False) as run:
+    with sft.CtrlC() as ctrl_c:
         os.kill(os.getpid(), signal.SIGINT)
-        assert run.stop
+        assert ctrl_c.asked
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)
@@ -523,10 +527,10 @@ def test_a_run_without_signal_stops_and_says_why(script, tiny_file):
                                         ({"drift_mean": 0.5}, "disagree"), ({"grad_norm": 0.0}, "gradient is 0")])
 def test_guard_rails(row, words):
     """Bugs: training on after a NaN, after sampler and trainer have parted, or with a gradient that never arrives."""
-    healthy = dict(step=3, loss=0.0, grad_norm=0.1, drift_mean=1e-6, cut_rate=0.0, mixed=0.5)
-    assert grpo.watch(healthy, arguments(), None, None, False) is True
+    healthy = dict(step=3, loss=0.0, grad_norm=0.1, drift_mean=1e-6, cut_rate=0.0, mixed=0.5, dropped=0)
+    assert grpo.watch(healthy, arguments(), [None], False) is True
     with pytest.raises(data.InputError, match=words):
-        grpo.watch(healthy | row, arguments(), None, None, False)
+        grpo.watch(healthy | row, arguments(), [None], False)
 
 
 def test_a_stop_for_numbers_leaves_the_last_good_state(script, tmp_path, tiny_file, monkeypatch):
@@ -561,8 +565,8 @@ def test_drift_stays_small_through_whole_runs(script, tmp_path, tiny_file):
     policy = sample.load_policy(sample.TINY_BASE, device="cpu", dtype=torch.bfloat16)
     problems, optimizer = [p for p, _ in zip(data.generate(ops=(2, 2), max_value=100), range(3))], sft.Optimizer(policy.model, lr=1e-3)
     for step in range(1, 4):
-        examples, sampled, rewards, *_ = grpo.roll_out(policy, problems, arguments(seed=0, max_new_tokens=60), step, 4)
-        row = grpo.train_step(policy, None, optimizer, examples, sampled, rewards, arguments(beta=0, entropy=0.01))
+        rollouts = grpo.roll_out(policy, problems, arguments(seed=0, max_new_tokens=60), step, 4)
+        row = grpo.train_step(policy, None, optimizer, rollouts, arguments(beta=0, entropy=0.01))
         assert 1e-5 < row["drift_mean"] <= 0.02
 
 
@@ -608,7 +612,7 @@ from types import SimpleNamespace
 args = SimpleNamespace(no_std=False, micro_tokens=1024, norm="sequence", max_new_tokens=240, epochs=1, temperature=1.0, clip=0.2, clip_high=None,
                        beta=0.1, kl="k3", max_grad_norm=1.0, drop_flat=False, max_kl=None, entropy=0.0, tis=None)
 prompt = list(range(5, 21))
-examples = [(prompt, [7] * 240)] * 4
+rollouts = grpo.Rollouts([(prompt, [7] * 240)] * 4, [[-1.0] * 240] * 4, torch.tensor([[1.0, 0, 0, 0]]))
 
 def steps(width, layers, checkpointing):
     args.gradient_checkpointing = checkpointing
@@ -620,7 +624,7 @@ def steps(width, layers, checkpointing):
     predicted = grpo.memory(policy, args, len(prompt), rows=4)
     sample.generate(policy, [prompt], 4, max_new_tokens=240, max_batch=4)
     for _ in range(2):
-        grpo.train_step(policy, reference, optimizer, examples, [[-1.0] * 240] * 4, torch.tensor([[1.0, 0, 0, 0]]), args)
+        grpo.train_step(policy, reference, optimizer, rollouts, args)
     return sum(predicted.values())
 
 steps(16, 1, True)  # libraries load and threads start
@@ -699,8 +703,8 @@ def test_every_flag_reaches_the_code(chapter, monkeypatch):
     (["--ops", "3", "4", "--task", "promptbench"], ["--ops", "promptbench"]), (["--depth", "5"], ["--depth", "igsm"]),
     (["--filter", "5", "3"], ["--filter 5 3"]), (["--filter", "1", "9"], ["--filter 1 9", "8"]), (["--beta", "0", "--kl", "k1"], ["--kl", "--beta 0"]),
     (["--beta", "0", "--max-kl", "0.15"], ["--max-kl", "--beta 0"]), (["--beta", "-1"], ["--beta"]), (["--clip", "0"], ["--clip"]),
-    (["--clip", "1.5"], ["--clip 1.5"]), (["--clip-high", "-0.1"], ["--clip-high"]), (["--tis", "0.5"], ["--tis 0.5"]), (["--lr", "nan"], ["--lr nan"]),
-    (["--lr-decay", "2"], ["--lr-decay 2"]), (["--entropy", "-1"], ["--entropy"]), (["--format-reward", "inf"], ["--format-reward"]),
+    (["--clip", "1.5"], ["--clip: 1.5"]), (["--clip-high", "-0.1"], ["--clip-high"]), (["--tis", "0.5"], ["--tis: 0.5"]), (["--lr", "nan"], ["--lr: nan"]),
+    (["--lr-decay", "2"], ["--lr-decay: 2"]), (["--entropy", "-1"], ["--entropy"]), (["--format-reward", "inf"], ["--format-reward"]),
     (["--eval-n", "0"], ["--eval-n 0", "--eval-every"]), (["--export", "p.jsonl"], ["--export p.jsonl"]), (["--seed", "-1"], ["--seed"]),
     (["--max-grad-norm", "0"], ["--max-grad-norm"]), (["--filter", "1", "7", "--data", "p.jsonl"], ["--filter 1 7", "none of 12"])])
 def test_contradictions_are_refused(script, tmp_path, tiny_file, flags, words):
@@ -729,11 +733,11 @@ def test_filter_then_train_then_resume(script, tmp_path, tiny_file, monkeypatch)
     seen, roll_out = [], grpo.roll_out
 
     def spy(policy, problems, args, step, n, limit=None):
-        examples, sampled, rewards, right, stops = roll_out(policy, problems, args, step, n, limit)
+        rollouts = roll_out(policy, problems, args, step, n, limit)
         if n == grpo.FILTER_N:  # every second problem is neither too easy nor too hard
-            right = torch.tensor([[float(p.answer % 2 == 0 and i < 4) for i in range(n)] for p in problems])
+            rollouts.right = torch.tensor([[float(p.answer % 2 == 0 and i < 4) for i in range(n)] for p in problems])
         seen.append((n, [p.answer for p in problems]))
-        return examples, sampled, rewards, right, stops
+        return rollouts
     monkeypatch.setattr(grpo, "roll_out", spy)
     base = ["grpo.py", "--ckpt", tiny_file, "--data", "p.jsonl", "--filter", 1, 7, "--steps", 4, "--prompts", 2, "--n", 2, "--max-new-tokens", 6,
             "--eval-every", 0, "--entropy", 0.05]
@@ -750,7 +754,7 @@ def test_filter_then_train_then_resume(script, tmp_path, tiny_file, monkeypatch)
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--ckpt", "nowhere.pt"], ["nowhere.pt"]), (["--ops", "9", "3"], ["--ops 9 3"]), (["--n", "1"], ["--n 1"]), (["--steps", "0"], ["--steps"]),
+    (["--ckpt", "nowhere.pt"], ["nowhere.pt"]), (["--ops", "9", "3"], ["--ops 9 3"]), (["--n", "1"], ["--n: 1"]), (["--steps", "0"], ["--steps"]),
     (["--data", "nowhere.jsonl"], ["nowhere.jsonl"]), (["--max-new-tokens", "3000"], ["--max-new-tokens", "2048"]),
     (["--out", "grpo"], ["--out"]), (["--prompt", "3"], ["--prompt"])])
 def test_bad_input_is_one_sentence(script, tmp_path, tiny_file, flags, words):

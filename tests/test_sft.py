@@ -164,7 +164,7 @@ def test_a_stop_for_numbers_leaves_the_last_good_state(script, tmp_path, tiny_fi
     (["--batch", "0"], ["--batch"]),
     (["--p", "1.5"], ["--p"]),
     (["--out", "nowhere/sft.pt"], ["--out"]),
-    (["--lr", "inf"], ["--lr inf"]),
+    (["--lr", "inf"], ["--lr: inf"]),
     (["--data", "silent.jsonl", "--ops", "1", "2"], ["--ops", "--data"]),
     (["--data", "silent.jsonl", "--method", "vanilla"], ["--method", "--data"]),
     (["--method", "vanilla", "--p", "0.5"], ["--p", "vanilla"]),
