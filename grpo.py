@@ -13,22 +13,19 @@ same problem (to be right where all are right is no merit). One step takes Q pro
 
     A_i = (r_i - mean(r)) / (std(r) + eps)                              over the N rollouts of one problem
     ratio_t = pi(o_t) / pi_old(o_t)
-    loss = - mean over rollouts of mean over tokens of  min(ratio A, clip(ratio, 1-eps, 1+eps) A) - beta KL_t
+    loss = - mean over rollouts of mean over tokens of [min(ratio A, clip(ratio, 1-eps, 1+eps) A) - beta KL_t]
 
 The *old policy* pi_old is the one that sampled: pi before the step's first update. The clip ends the push on
 a token once its probability has moved by eps. The *reference policy* pi_ref is a frozen copy of pi as the run
-began, the SFT policy; KL_t holds pi near it (the k3 estimator, Schulman 2020: exp(d) - d - 1, where d is
-log pi_ref - log pi). Only *mixed* groups teach: where all N are right, or all wrong, every advantage is 0.
-That is why BRIDGE prepares the model first.
-
-Half an hour of reading; at first skip the choice of problems (4) and the command (6).
+began, the SFT policy; KL_t holds pi near it (k3 estimator, Schulman 2020: exp(d) - d - 1, d = log pi_ref -
+log pi). Only *mixed* groups teach: where all N are right, or all wrong, every advantage is 0. That is why
+BRIDGE prepares the model first. Half an hour of reading; at first skip sections 4 (problems) and 6 (command).
 
 Departures from the paper and notes on it:
 1. with one update per batch of rollouts (the paper's setting, the default here) pi_old is pi: ratio is 1 at
    every token, the clip never acts, and the loss is about 0, the mean of the advantages (plus beta KL, 0 at
-   the first step, where pi_ref is pi). Its gradient is not: d ratio = d log pi. `--epochs 2` makes the clip act;
-2. k3 in the loss is a biased estimate of the KL's gradient (of low variance, small at small beta), as in the
-   paper;
+   the first step). Its gradient is not 0: d ratio = d log pi. `--epochs 2` makes the clip act;
+2. k3 in the loss is, as in the paper, a biased estimate of the KL's gradient (low variance, small with beta);
 3. groups without variance still carry the KL's gradient, as in the paper; `--drop-flat` drops them (DAPO);
 4. for the tiny model, batch and learning rate are its own, and the latter decays at the end (PRESETS below).
 """
@@ -40,11 +37,7 @@ from tqdm import tqdm
 
 import data, sample, sft
 
-PROGRESS = ("reward {reward:.2f}, groups 0/mixed/1 {all_wrong:.2f}/{mixed:.2f}/{all_right:.2f}, KL {kl:.4f}, "
-            "{mean_tokens:.0f} tokens, {tokens_per_s:,.0f} tokens/s")
 FILTER_N = 8  # rollouts a problem with which the paper measures rollout accuracy
-COLUMNS = ("step reward accuracy all_wrong mixed all_right kl clip_frac entropy mean_tokens cut_rate "
-           "grad_norm drift_mean drift_max tokens_per_s s_sample s_score s_train val_accuracy val_n").split()
 
 
 # ------------------------------------------------------------------------ 1. The mathematics, without a model
@@ -105,23 +98,19 @@ def grpo_loss(logprob, old_logprob, ref_logprob, advantages, mask, *, clip=0.2, 
     >>> grpo_loss(lp, lp - 0.5, lp, A, one)          # ratio e^0.5 = 1.65 is clipped to 1.2: -1.2 * 2
     tensor(-2.4000)
     """
-    mask = mask.to(logprob.dtype)
-
-    def zeroed(x):
-        """x, but 0 where masked, whatever is there (NaN * 0 would be NaN): so every term below is 0 there."""
-        return x.masked_fill(mask == 0, 0)
-
-    logprob = zeroed(logprob)
-    advantage = advantages[:, None] * mask  # (B, T): the same for all tokens of a rollout
-    ratio = (logprob - zeroed(old_logprob)).exp()
+    keep, mask = mask.bool(), mask.to(logprob.dtype)
+    # what lies behind the mask becomes 0 (NaN * 0 would be NaN), and with it every term of the loss there
+    logprob = logprob.where(keep, 0)
+    ratio = (logprob - old_logprob.where(keep, 0)).exp()
     clipped = ratio.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high))
+    advantage = advantages[:, None] * mask  # (B, T): the same at each token of a rollout
     loss = -torch.minimum(ratio * advantage, clipped * advantage)
     if weight is not None:
-        loss = loss * zeroed(weight)
+        loss = loss * weight.where(keep, 0)
     if entropy_bonus:
-        loss = loss - entropy_bonus * zeroed(entropy)
+        loss = loss - entropy_bonus * entropy.where(keep, 0)
     if beta:
-        loss = loss + beta * kl_estimate(logprob, zeroed(ref_logprob), kl)
+        loss = loss + beta * kl_estimate(logprob, ref_logprob.where(keep, 0), kl)
     if norm == "sequence":
         return (loss.sum(dim=1) / mask.sum(dim=1).clamp(min=1)).sum() / (denom or len(loss))
     if norm == "token":
@@ -339,6 +328,12 @@ def problem_stream(source, chosen, args, done):
 
 
 # ------------------------------------------------------------------------------------------------ 5. The loop
+COLUMNS = ("step reward accuracy all_wrong mixed all_right kl clip_frac entropy mean_tokens cut_rate "
+           "grad_norm drift_mean drift_max tokens_per_s s_sample s_score s_train val_accuracy val_n").split()
+PROGRESS = ("reward {reward:.2f}, groups 0/mixed/1 {all_wrong:.2f}/{mixed:.2f}/{all_right:.2f}, KL {kl:.4f}, "
+            "{mean_tokens:.0f} tokens, {tokens_per_s:,.0f} tokens/s")
+
+
 def take_step(policy, reference, optimizer, problems, step, limit, args):
     """One step: roll out, then train. Returns (rollouts, the step's row of the log)."""
     start = time.time()
@@ -442,7 +437,7 @@ PRESETS = {"tiny": dict(lr=2e-4, lr_decay=0.3, prompts=16, n=8, steps=220, max_n
 def add_flags(parser):
     preset = sft.describe_presets(PRESETS)
     add = parser.add_argument
-    add("--ckpt", help="the SFT policy: .pt file, Hugging Face folder, name; default: sft.pt, else the tiny base")
+    add("--ckpt", help="the SFT policy: .pt file, Hugging Face folder or name; default: sft.pt or tiny base")
     sft.add_run_flags(parser, out="grpo.pt")
     problems = parser.add_argument_group("problems")
     data.add_problem_flags(problems)
@@ -453,7 +448,7 @@ def add_flags(parser):
     add = parser.add_argument_group("rollouts").add_argument
     add("--steps", type=data.positive_int, help=preset.steps)
     add("--prompts", type=data.positive_int, help=f"problems a step; {preset.prompts}")
-    add("--n", type=data.number(int, 2, math.inf, "at least 2, and a group of one rollout has no advantage"),
+    add("--n", type=data.number(int, 2, math.inf, "at least 2: a group of one has no advantage"),
         help=f"rollouts a problem; {preset.n}")
     add("--max-new-tokens", type=data.positive_int, help=preset.max_new_tokens)
     add("--temperature", type=data.positive, default=1.0)
@@ -477,7 +472,7 @@ def add_flags(parser):
         help="groups without variance leave the batch, and with them their KL (DAPO)")
     add("--entropy", type=data.not_negative, default=0.0,
         help="coefficient of an entropy bonus (released code, Qwen: 0.001)")
-    add("--tis", type=data.number(float, 1, math.inf, "at least 1, and every token would be weighted down"),
+    add("--tis", type=data.number(float, 1, math.inf, "at least 1: a lower one weighs all tokens down"),
         metavar="CAP", help="weight tokens by min(pi_old / pi_sampler, CAP)")
     add("--epochs", type=data.positive_int, default=1, help="updates on one batch of rollouts")
     add("--max-grad-norm", type=data.positive, default=1.0)
@@ -525,8 +520,8 @@ def announce(policy, args, options, longest, limit):
     print(sample.describe(policy))
     print(sft.describe_memory(memory(policy, args, longest, rows=limit), sft.free_memory(policy.model)))
     print(f"{args.steps} steps of {args.prompts} problems x {args.n} rollouts "
-          f"({args.data or 'fresh, ' + drawn}), at most {args.max_new_tokens} new tokens, {limit} rollouts at "
-          f"a time; lr {args.lr}, beta {args.beta}; writes {args.out} and its .csv")
+          f"({args.data or 'fresh, ' + drawn}), at most {args.max_new_tokens} new tokens, {limit} rollouts "
+          f"at a time; lr {args.lr}, beta {args.beta}; writes {args.out} and its .csv")
 
 
 def main():
