@@ -187,7 +187,7 @@ class Batch:
 
 
 def make_batches(policy, rollouts, args):
-    """The rollouts of a step as micro-batches; with --drop-flat those of groups that teach alone."""
+    """The rollouts of a step as micro-batches; with --drop-flat without those of flat groups."""
     device, pad = policy.device, policy.tokenizer.pad_token_id or 0
     advantages = group_advantages(rollouts.rewards, std=not args.no_std).flatten()  # (Q N,)
     rows, batches = list(range(len(advantages))), []
@@ -218,10 +218,11 @@ def score(reference, batches, args):
 
 
 def update(policy, optimizer, batches, args):
-    """--epochs updates, each on the gradient of all batches. Returns (loss, gradient norm)."""
+    """--epochs updates, each one step of the optimizer on the gradient of all batches. No weight has moved before
+    the first: its log-probs are log pi_old. Returns (loss, gradient norm)."""
     kept = sum(batch.kept.sum().item() for batch in batches)
     tokens = sum(batch.trained().sum().item() for batch in batches)
-    denom = {"sequence": kept, "token": tokens, "constant": kept * args.max_new_tokens}[args.norm]
+    denom = {"sequence": kept, "token": tokens, "constant": kept * args.max_new_tokens}[args.norm]  # the step's
     loss = norm = 0.0
     for _ in range(args.epochs):
         for batch in batches:
@@ -230,7 +231,7 @@ def update(policy, optimizer, batches, args):
             if batch.entropy is None:
                 batch.entropy = entropy.detach()
             if kept:
-                old = batch.passes[0]  # in the first update the very same values, and ratio is 1
+                old = batch.passes[0]  # in the first update logprob itself: ratio is 1
                 weight = importance_weight(old, batch.sampled, args.tis) if args.tis else None
                 part = grpo_loss(logprob, old, batch.ref, batch.advantages, batch.trained(), clip=args.clip,
                                  clip_high=args.clip_high, beta=args.beta, kl=args.kl, norm=args.norm,
