@@ -4,20 +4,23 @@ import itertools
 import json
 import math
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 import data, eval as evaluation, sample
 
 
-@pytest.mark.parametrize("correct, n, low, high", [(0, 100, 0.0, 0.03699), (50, 100, 0.40383, 0.59617), (99, 100, 0.94549, 0.99823),
-                                                   (1, 1, 0.20655, 1.0)])
+@pytest.mark.parametrize("correct, n, low, high", [(0, 100, 0.0, 0.03699), (50, 100, 0.40383, 0.59617),
+                                                   (99, 100, 0.94549, 0.99823), (1, 1, 0.20655, 1.0)])
 def test_wilson(correct, n, low, high):
-    """Bug: the textbook interval p +- 1.96 sqrt(p(1-p)/n), which has width 0 at 0 of 100 and passes 1 at 99."""
+    """Bug: the textbook interval p +- 1.96 sqrt(p(1-p)/n), which has width 0 at 0 of 100 and passes 1
+    at 99."""
     assert evaluation.wilson(correct, n) == pytest.approx((low, high), abs=1e-4)
 
 
-@pytest.mark.parametrize("samples, right, k", [(8, [0, 1, 3, 8], 1), (8, [0, 1, 3, 8], 4), (5, [2], 5), (5, [1], 4)])
+@pytest.mark.parametrize("samples, right, k", [(8, [0, 1, 3, 8], 1), (8, [0, 1, 3, 8], 4), (5, [2], 5),
+                                               (5, [1], 4)])
 def test_pass_at_k(samples, right, k):
     """Bug: 1 - (1 - c/n)^k, drawn with replacement, is too low. The truth: try every choice of k rollouts."""
     def truth(c):
@@ -25,7 +28,8 @@ def test_pass_at_k(samples, right, k):
         return sum(any(choice) for choice in choices) / len(choices)
     value = evaluation.pass_at_k(right, samples, k)
     assert value == pytest.approx(sum(map(truth, right)) / len(right))
-    assert k in (1, samples) or value > sum(1 - (1 - c / samples) ** k for c in right) / len(right) + 1e-3  # the wrong version
+    wrong = sum(1 - (1 - c / samples) ** k for c in right) / len(right)
+    assert k in (1, samples) or value > wrong + 1e-3
 
 
 def test_mcnemar():
@@ -43,36 +47,145 @@ def test_t_interval():
     assert math.isnan(evaluation.t_interval([0.5])[1])
 
 
+@pytest.fixture
+def told(tiny, monkeypatch):
+    """told([texts of problem 1, texts of problem 2 ...]) -> a policy whose rollouts say just that, and whose
+    greedy answers the first of each, whatever is asked."""
+    def make(texts):
+        policy = tiny()
+
+        def generate(policy, prompts, n=1, *arguments, **options):
+            encode = lambda text: sample.encode_response(policy.tokenizer, text)
+            return [[SimpleNamespace(tokens=encode(text), logprobs=[], stop="eos") for text in group[:n]]
+                    for group in texts]
+        monkeypatch.setattr(sample, "generate", generate)
+        return policy
+    return make
+
+
+def four_answers(problem):
+    """Right and sound; right with a step left out; sound in every step with a wrong answer; neither."""
+    right = problem.response
+    unsound = "\n".join(line for i, line in enumerate(right.split("\n")) if i != 1)  # without its first step
+    other = [text.replace(f"\\boxed{{{problem.answer}}}", f"\\boxed{{{problem.answer + 1}}}")
+             for text in (right, unsound)]
+    assert data.read_answer(unsound) == problem.answer and other[0] != right
+    return right, unsound, *other
+
+
+def test_process_counts_right_answers_with_sound_steps(told):
+    """Bugs: process that counts a right answer with an unsound step, or sound steps with a wrong answer;
+    rollouts checked against another problem than their own; a bool or a float for a count."""
+    problems = list(itertools.islice(data.generate(ops=(3, 4), max_value=100, split="test"), 4))
+    answers = [four_answers(problem) for problem in problems]
+    scores = evaluation.measure(told([[answers[i][i]] for i in range(4)]), problems)  # one of each kind
+    assert (scores["correct"], scores["process"], scores["hits"]) == (2, 1, [1, 1, 0, 0])
+    assert type(scores["process"]) is int
+    rollouts = evaluation.measure(told(answers), problems, samples=4)["rollouts"]
+    assert (rollouts["correct"], rollouts["process"], rollouts["mean"]) == (8, 4, 0.5)
+    assert rollouts["histogram"] == [0, 0, 1, 0, 0]
+    texts = [[four[1]] for four in answers]
+    assert evaluation.measure(told(texts), problems)["process"] == 0  # all right, none sound
+
+
+def test_process_of_files(told, tmp_path, capsys):
+    """Bugs: process counted, as 0, where a question cannot be read back; not counted for files at all."""
+    problems = list(itertools.islice(data.generate(ops=(2, 3), max_value=100), 2))
+    records = [data.to_record(problem) for problem in problems]
+    path = str(tmp_path / "two.jsonl")
+    data.write_records(path, records)
+    policy = told([[problem.response] for problem in problems])
+    assert evaluation.measure(policy, evaluation.read_file(path))["process"] == 2
+    records[1]["question"] = "What is six times seven?"
+    data.write_records(path, records)
+    scores = evaluation.measure(policy, evaluation.read_file(path), samples=1)
+    assert scores["correct"] == 2 and scores["process"] is None and scores["rollouts"]["process"] is None
+    assert "behaviors" not in scores and f"{path}, line 2" in capsys.readouterr().err
+    evaluation.table([{"path": "a.pt", "splits": {path: scores}}])
+
+
 def test_report_pairs_seeds(tmp_path, script):
-    """Bugs: differences of means over other seeds than both methods have; gains mixed up between splits; a cell lost or doubled
-    when a file is written to again."""
+    """Bugs: differences of means over other seeds than both methods have; gains mixed up between splits; a
+    cell lost or doubled when a file is written to again; process before RL in place of after it."""
     path = str(tmp_path / "results.csv")
+
     def row(method, seed, stage, correct, split="id"):
-        return dict(method=method, seed=seed, stage=stage, split=split, ops="2-4", n=100, correct=correct)
-    rows = [row(method, seed, stage, correct) for method, seed, stage, correct in [
-        ("vanilla", 1, "sft", 40), ("vanilla", 1, "rl", 50), ("bridge", 1, "sft", 40), ("bridge", 1, "rl", 80),
-        ("vanilla", 2, "sft", 30), ("vanilla", 2, "rl", 45), ("bridge", 2, "sft", 45), ("bridge", 2, "rl", 90),
-        ("bridge", 3, "sft", 10), ("bridge", 3, "rl", 99), ("majority", 1, "", 11)]]  # seed 3 has no partner
+        process = None if method == "majority" else correct // 2
+        return dict(task="igsm", method=method, seed=seed, stage=stage, split=split, ops="2-4", n=100,
+                    correct=correct, process=process)
+    rows = [row(*cell) for cell in [
+        ("vanilla", 1, "sft", 40), ("vanilla", 1, "rl", 50),
+        ("bridge", 1, "sft", 40), ("bridge", 1, "rl", 80),
+        ("vanilla", 2, "sft", 30), ("vanilla", 2, "rl", 45),
+        ("bridge", 2, "sft", 45), ("bridge", 2, "rl", 90),
+        ("bridge", 3, "sft", 10), ("bridge", 3, "rl", 99),  # seed 3 has no partner
+        ("majority", 1, "", 11)]]
     evaluation.write_results(path, rows[:5] + [row("vanilla", 1, "rl", 50, "ood")])
     evaluation.write_results(path, rows)
     with open(path) as file:
         assert len(list(csv.DictReader(file))) == len(rows) + 1
     printed = script("eval.py", "--report", path).stdout
     _, low, high = evaluation.t_interval([0.30, 0.30])  # (40 - 10, 45 - 15) points
-    assert f"paired over 2 seeds: gain of bridge - gain of vanilla +30.0% [{low:+.1%}, {high:+.1%}]" in printed
-    assert "bridge - vanilla +37.5%" in printed and "bridge / vanilla 1.79" in printed  # (80 - 50 + 90 - 45) / 2, 85 / 47.5
+    gains = f"gain of bridge - gain of vanilla +30.0% [{low:+.1%}, {high:+.1%}]"
+    assert f"paired over 2 seeds: {gains}" in printed
+    assert "bridge - vanilla +37.5%" in printed  # (80 - 50 + 90 - 45) / 2
+    assert "bridge / vanilla 1.79" in printed  # 85 / 47.5
     assert "| id | vanilla | 2 | 35.0%" in printed and "| 11.0% |" in printed and "| ood |" not in printed
+    assert "| 23.5% [" in printed and "| 44.7% [" in printed  # process: (25 + 22) / 2, (40 + 45 + 49) / 3
+    assert "process-verified after RL, bridge - vanilla +19.0%" in printed
+
+
+def test_results_from_before_process_and_task(tmp_path, script):
+    """Bugs: a file without these columns refused, its rows lost or given a process of 0 when it is written to
+    again; tasks mixed in one row."""
+    path = tmp_path / "results.csv"
+    path.write_text("method,seed,stage,split,ops,n,correct\n"
+                    "bridge,1,sft,id,2-4,100,40\nbridge,1,rl,id,2-4,100,60\n")
+    assert "| igsm | id | bridge | 1 | 40.0%" in script("eval.py", "--report", path).stdout
+    row = dict(task="promptbench", method="bridge", seed=1, split="id", ops="4-4", n=10)
+    evaluation.write_results(str(path), [row | dict(stage="sft", correct=1, process=0),
+                                         row | dict(stage="rl", correct=9, process=3)])
+    with open(path) as file:
+        assert [(r["task"], r["correct"], r["process"]) for r in csv.DictReader(file)] == [
+            ("igsm", "60", ""), ("igsm", "40", ""), ("promptbench", "9", "3"), ("promptbench", "1", "0")]
+    printed = script("eval.py", "--report", path).stdout
+    old, new = [line for line in printed.split("\n") if "| bridge |" in line]
+    assert old.startswith("| igsm | id | bridge | 1 | 40.0%") and "| not counted |" in old
+    assert new.startswith("| promptbench | id | bridge | 1 | 10.0%") and "| 30.0% [" in new
+    row |= dict(task="igsm", seed=2)  # a seed that was counted does not stand for one that was not
+    evaluation.write_results(str(path), [row | dict(stage="sft", correct=1, process=0),
+                                         row | dict(stage="rl", correct=9, process=3)])
+    printed = script("eval.py", "--report", path).stdout
+    line, = [line for line in printed.split("\n") if "| igsm | id | bridge | 2 |" in line]
+    assert "| not counted |" in line
+
+
+@pytest.mark.parametrize("info, made", [
+    ({"stage": "sft", "method": "vanilla", "seed": 3, "data": None}, ("vanilla", 3, "sft")),
+    ({"stage": "sft", "method": "bridge", "seed": 3, "data": "runs/rc-aug.jsonl"}, ("rc-aug", 3, "sft")),
+    ({"stage": "grpo", "seed": 5, "base": {"stage": "sft", "method": "vanilla", "seed": 3}},
+     ("vanilla", 5, "rl")),
+    (None, ("other", 0, "sft"))])
+def test_rows_say_where_a_checkpoint_comes_from(info, made):
+    """Bugs: answers that came from a file filed under --method's default; RL's rows under the SFT's seed."""
+    assert evaluation.origin(SimpleNamespace(info=info), "other-2.pt") == made
 
 
 def test_curves_of_seeds_share_a_band(tmp_path, script):
-    """Bug: every file a run of its own, or the seeds' number left in the name; the figure is drawn from logs of unequal length."""
+    """Bug: every file a run of its own, or the seeds' number left in the name; the figure is drawn from
+    logs of unequal length."""
     pytest.importorskip("matplotlib")
-    assert [evaluation.run_of(n) for n in ("a/bridge-rl-3.csv", "grpo.csv", "x-10.pt")] == ["bridge-rl", "grpo", "x"]
+    names = ("a/bridge-rl-3.csv", "grpo.csv", "x-10.pt")
+    assert [evaluation.run_of(name) for name in names] == ["bridge-rl", "grpo", "x"]
     for name, steps in (("vanilla-1", 5), ("vanilla-2", 3), ("bridge-1", 5)):
-        (tmp_path / f"{name}.csv").write_text("step,reward,val_accuracy\n" + "".join(f"{i},0.{i},{0.5 if i == 1 else ''}\n" for i in range(1, steps + 1)))
-    result = script("eval.py", "--curves", "vanilla-1.csv", "vanilla-2.csv", "bridge-1.csv", "--plot", "x.png")
+        rows = [f"{i},0.{i},{0.5 if i == 1 else ''}\n" for i in range(1, steps + 1)]
+        (tmp_path / f"{name}.csv").write_text("step,reward,val_accuracy\n" + "".join(rows))
+    logs = ("vanilla-1.csv", "vanilla-2.csv", "bridge-1.csv")
+    result = script("eval.py", "--curves", *logs, "--plot", "x.png")
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "x.png").stat().st_size > 5000
+    result = script("eval.py", "--curves", "vanilla-1.csv", "--plot", "y.pdf")
+    assert result.returncode == 0 and (tmp_path / "y.pdf").read_bytes().startswith(b"%PDF"), result.stderr
 
 
 def test_without_matplotlib(tmp_path, script, monkeypatch):
@@ -90,36 +203,45 @@ def test_majority_answer():
 
 
 def test_table_and_json(script, tmp_path, tiny_file):
-    """Bugs: a split that mixes its figures up with another's; JSON that says something else than the table."""
-    result = script("eval.py", "--ckpt", tiny_file, tiny_file, "--n", 12, "--max-new-tokens", 24, "--samples", 2, "--json", "scores.json",
-                    "--results", "results.csv")
+    """Bugs: a split that mixes its figures up with another's; JSON that says something else than the
+    table."""
+    result = script("eval.py", "--ckpt", tiny_file, tiny_file, "--n", 12, "--max-new-tokens", 24,
+                    "--samples", 2, "--json", "scores.json", "--results", "results.csv")
     assert result.returncode == 0, result.stderr
-    scores = json.load(open(tmp_path / "scores.json"))["checkpoints"]
+    written = json.load(open(tmp_path / "scores.json"))
+    scores = written["checkpoints"]
     assert [s["path"] for s in scores] == [str(tiny_file)] * 2
     for s in scores:
         assert set(s["splits"]) == {"id", "ood"}
         for split in s["splits"].values():
             assert split["n"] == 12 and split["ci95"][0] <= split["accuracy"] <= split["ci95"][1]
             assert abs(sum(split["rollouts"]["histogram"]) - 1) < 1e-9
+            assert 0 <= split["process"] <= split["correct"]
             assert f"{split['accuracy']:.1%}" in result.stdout
     assert all(split["hits"].count(1) == split["correct"] for s in scores for split in s["splits"].values())
-    assert all(c["p"] == 1 for c in json.load(open(tmp_path / "scores.json"))["mcnemar"])  # a policy against itself
-    assert len(open(tmp_path / "results.csv").readlines()) == 5  # the same checkpoint twice: two splits, and the majority in each
-    problems = [p for p, _ in zip(data.generate(ops=data.TINY["ops"], max_value=data.TINY["max_value"], split="test"), range(12))]
+    assert written["mcnemar"] and all(c["p"] == 1 for c in written["mcnemar"])  # a policy against itself
+    with open(tmp_path / "results.csv") as file:
+        assert len(file.readlines()) == 5  # the same checkpoint twice: two splits, and the majority in each
+    options = dict(ops=data.TINY["ops"], max_value=data.TINY["max_value"], split="test")
+    problems = list(itertools.islice(data.generate(**options), 12))
     assert scores[0]["splits"]["id"]["majority"] == evaluation.majority(problems)
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["--ckpt", "nowhere.pt"], ["nowhere.pt"]), (["--ckpt", "cut.pt"], ["cut.pt"]), (["--ckpt", "foreign.pt"], ["foreign.pt"]),
-    (["--data", "empty.jsonl"], ["empty.jsonl"]), (["--plot", "x.png"], ["--samples"]), (["--ood", "9", "3"], ["--ops 9 3"]),
+    (["--ckpt", "nowhere.pt"], ["nowhere.pt"]), (["--ckpt", "cut.pt"], ["cut.pt"]),
+    (["--ckpt", "foreign.pt"], ["foreign.pt"]),
+    (["--data", "empty.jsonl"], ["empty.jsonl"]), (["--plot", "x.png"], ["--samples"]),
+    (["--ood", "9", "3"], ["--ops 9 3"]), (["--n", "0"], ["--n", "at least 1"]),
     (["--max-new-tokens", "5000"], ["--max-new-tokens", "2048"]), (["--sample", "3"], ["--sample"]),
     (["--report", "empty.jsonl2"], ["empty.jsonl2"])])
 def test_bad_input_is_one_sentence(script, tmp_path, tiny_file, arguments, words):
-    """Bug: a traceback for a missing, truncated or foreign checkpoint, an empty file, a prompt beyond the context."""
+    """Bug: a traceback for a missing, truncated or foreign checkpoint, an empty file, a prompt beyond the
+    context."""
     import torch
     (tmp_path / "cut.pt").write_bytes(tiny_file.read_bytes()[:5000])
     torch.save({"model": torch.zeros(3)}, tmp_path / "foreign.pt")
     (tmp_path / "empty.jsonl").write_text("")
     result = script("eval.py", *(() if "--ckpt" in arguments else ("--ckpt", tiny_file)), *arguments)
     last = result.stderr.strip().split("\n")[-1]
-    assert result.returncode == 2 and "Traceback" not in result.stderr and all(word in last for word in words), result.stderr
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+    assert all(word in last for word in words), result.stderr
