@@ -218,11 +218,11 @@ def score(reference, batches, args):
 
 
 def update(policy, optimizer, batches, args):
-    """--epochs updates, each one step of the optimizer on the gradient of all batches. No weight has moved before
-    the first: its log-probs are log pi_old. Returns (loss, gradient norm)."""
-    kept = sum(batch.kept.sum().item() for batch in batches)
+    """--epochs updates, each one step of the optimizer on the gradient of all batches. No weight has moved
+    before the first: its log-probs are log pi_old. Returns (loss, gradient norm)."""
+    kept = sum(batch.kept.sum().item() for batch in batches)  # of the whole step, like denom
     tokens = sum(batch.trained().sum().item() for batch in batches)
-    denom = {"sequence": kept, "token": tokens, "constant": kept * args.max_new_tokens}[args.norm]  # the step's
+    denom = {"sequence": kept, "token": tokens, "constant": kept * args.max_new_tokens}[args.norm]
     loss = norm = 0.0
     for _ in range(args.epochs):
         for batch in batches:

@@ -850,7 +850,7 @@ def add_flags(parser):
     add("--max-length", type=data.positive_int, default=2048, help="longer examples are left out, tokens")
     add = parser.add_argument_group("pretraining (--model scratch)").add_argument
     add("--tokens", type=data.positive, default=32e6)
-    add("--skills", type=data.share, default=0.3, help="share of the tokens, the first, that are skills alone")
+    add("--skills", type=data.share, default=0.3, help="share of the tokens, the first, of skills alone")
     add("--start", help="another base whose body to start from")
     add("--width", type=data.positive_int, default=128)
     add("--layers", type=data.positive_int, default=6)
