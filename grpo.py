@@ -29,10 +29,12 @@ Departures from the paper and notes on it:
 3. groups without variance still carry the KL's gradient, as in the paper; `--drop-flat` drops them (DAPO);
 4. for the tiny model, batch and learning rate are its own, and the latter decays at the end (PRESETS below).
 """
-import copy, itertools, math, time
+import copy, inspect, itertools, math, time
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import data, sample, sft
@@ -166,10 +168,14 @@ def roll_out(policy, problems, args, step, n, limit=None):
 # ------------------------------------------------------------------------ 3. One step: score, update, measure
 @dataclass
 class Batch:
-    """A micro-batch: B rollouts of a step, padded to T. Log-probs and entropies are 0 where mask is False."""
-    inputs: torch.Tensor           # (B, T)
-    targets: torch.Tensor          # (B, T): the token that follows; -100 where it is the prompt's or padding
-    mask: torch.Tensor             # (B, T): True where the target is the response's, its end token included
+    """A micro-batch: B rollouts and the Q prompts that they continue, each prompt once. Log-probs and
+    entropies are 0 where mask is False."""
+    prompts: torch.Tensor          # (Q, P): every prompt but for its last token, padded
+    lengths: torch.Tensor          # (Q,): how many tokens that are
+    owner: torch.Tensor            # (B,): the prompt that a rollout continues
+    inputs: torch.Tensor           # (B, T): the prompt's last token, then the response but for its last
+    targets: torch.Tensor          # (B, T): the response, its end token included; -100 where padded
+    mask: torch.Tensor             # (B, T): True where not padded
     sampled: torch.Tensor          # (B, T): the sampler's log-probs
     advantages: torch.Tensor       # (B,)
     kept: torch.Tensor             # (B,): False for a rollout that --max-kl dropped
@@ -179,30 +185,109 @@ class Batch:
 
     def logprobs(self, model, temperature):
         """Log-prob and entropy of the targets under a model, (B, T) each."""
-        return sft.response_logprobs(model, self.inputs, self.targets, temperature)
+        hidden = row_by_row(model, self) if sample.why_not_ours(model) else prompt_once(model, self)
+        return sample.token_logprobs(hidden, model.lm_head.weight, self.targets, temperature=temperature)
 
     def trained(self):
         """The tokens that the loss is made of, (B, T)."""
         return self.mask & self.kept[:, None]
 
 
+def prompt_once(model, batch):
+    """Hidden states (B, T, H) from which the targets are predicted. Each prompt is computed once, with
+    gradients, and read by all of its rollouts: P + N R tokens a group in place of N (P + R). Its keys and
+    values go to where a layer would look for a cache, and all that a layer wants of a cache is update()."""
+    noted = {}  # layer -> keys and values of the prompts, (Q, kv heads, P, D) each
+
+    def note(keys, values, layer, *_, **__):
+        noted.setdefault(layer, (keys, values))  # checkpointing runs a layer again: the first ones count
+        return keys, values
+
+    def extend(keys, values, layer, *_, **__):  # (B, kv heads, T, D) -> (B, kv heads, P + T, D)
+        pairs = zip(noted[layer], (keys, values))
+        return tuple(torch.cat((prompt[batch.owner], own), dim=2) for prompt, own in pairs)
+
+    def read(tokens, position, visible, update):  # visible (rows, 1, tokens, keys): what a token may look at
+        arguments = inspect.signature(model.model.forward).parameters
+        renamed = "cache" if "cache" in arguments else "past_key_values"  # in transformers 5
+        return model.model(input_ids=tokens, position_ids=position, attention_mask=visible,
+                           **{renamed: SimpleNamespace(update=update)}).last_hidden_state
+
+    (Q, P), (B, T) = batch.prompts.shape, batch.inputs.shape
+    place = torch.arange(max(P, T), device=batch.inputs.device)
+    causal = place <= place[:, None]
+    read(batch.prompts, place[None, :P], causal[:P, :P].expand(Q, 1, P, P), note)
+    length = batch.lengths[batch.owner][:, None]  # (B, 1)
+    prompt_part = (place[:P] < length)[:, None].expand(B, T, P)  # all of the prompt, but not its padding
+    visible = torch.cat((prompt_part, causal[:T, :T].expand(B, T, T)), dim=2)[:, None]
+    return read(batch.inputs, length + place[:T], visible, extend)
+
+
+def row_by_row(model, batch):
+    """The same from whole sequences: for models whose layers we do not know, and as the specification."""
+    T = batch.inputs.shape[1]
+    place = batch.lengths[batch.owner][:, None] + torch.arange(T, device=batch.inputs.device)  # (B, T)
+    rows = F.pad(batch.prompts[batch.owner], (0, T)).scatter(1, place, batch.inputs)  # (B, P + T)
+    hidden = model.model(input_ids=rows, use_cache=False).last_hidden_state  # (B, P + T, H)
+    return hidden.gather(1, place[:, :, None].expand(-1, -1, hidden.shape[2]))
+
+
+def pack(examples, tokens):
+    """Row numbers in micro-batches of at most `tokens` when padded (one row at least), a prompt counting
+    once. Rows of one prompt, and prompts of similar length, come together: little padding."""
+    def size(rows):
+        prompts = {tuple(examples[row][0]) for row in rows}
+        return (len(prompts) * max(map(len, prompts))
+                + len(rows) * max(len(examples[row][1]) for row in rows))
+
+    def order(row):
+        prompt, response = examples[row]
+        return len(prompt), prompt, -len(response)
+
+    batches = []
+    for row in sorted(range(len(examples)), key=order):
+        if not batches or size([*batches[-1], row]) > tokens:
+            batches.append([])
+        batches[-1].append(row)
+    return batches
+
+
+def padded(rows, fill):
+    """Lists of numbers -> a tensor (rows, longest), filled up on the right."""
+    out = torch.full((len(rows), max(map(len, rows))), fill)
+    for row, numbers in zip(out, rows):
+        row[:len(numbers)] = torch.tensor(numbers)
+    return out
+
+
+def make_batch(examples, logprobs, advantages, device):
+    """B rows, (prompt tokens, response tokens) and the sampler's log-probs of each, as a Batch."""
+    prompts, responses = zip(*examples)
+    unique = list(dict.fromkeys(map(tuple, prompts)))
+    tensors = dict(
+        prompts=padded([prompt[:-1] for prompt in unique], 0),
+        lengths=torch.tensor([len(prompt) - 1 for prompt in unique]),
+        owner=torch.tensor([unique.index(tuple(prompt)) for prompt in prompts]),
+        inputs=padded([[prompt[-1], *response[:-1]] for prompt, response in examples], 0),
+        targets=padded(responses, sample.IGNORE), sampled=padded(logprobs, 0.0), advantages=advantages)
+    tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+    kept = torch.ones(len(examples), dtype=torch.bool, device=device)
+    return Batch(**tensors, mask=tensors["targets"] != sample.IGNORE, kept=kept)
+
+
 def make_batches(policy, rollouts, args):
     """The rollouts of a step as micro-batches; with --drop-flat without those of flat groups."""
-    device, pad = policy.device, policy.tokenizer.pad_token_id or 0
     advantages = group_advantages(rollouts.rewards, std=not args.no_std).flatten()  # (Q N,)
-    rows, batches = list(range(len(advantages))), []
+    rows = list(range(len(advantages)))
     if args.drop_flat:
         uneven = rollouts.uneven().repeat_interleave(rollouts.rewards.shape[1])  # (Q N,)
         rows = [row for row in rows if uneven[row]]
-    lengths = [sum(map(len, rollouts.examples[row])) for row in rows]
-    for group in sft.micro_batches(lengths, args.micro_tokens):
+    batches = []
+    for group in pack([rollouts.examples[row] for row in rows], args.micro_tokens):
         members = [rows[i] for i in group]
-        inputs, targets = sft.collate([rollouts.examples[row] for row in members], device, pad)
-        mask = targets != sample.IGNORE
-        sampled = torch.zeros(mask.shape, device=device)
-        sampled[mask] = torch.tensor([x for row in members for x in rollouts.logprobs[row]], device=device)
-        kept = torch.ones(len(members), dtype=torch.bool, device=device)
-        batches.append(Batch(inputs, targets, mask, sampled, advantages[members].to(device), kept))
+        examples = [rollouts.examples[row] for row in members]
+        logprobs = [rollouts.logprobs[row] for row in members]
+        batches.append(make_batch(examples, logprobs, advantages[members], policy.device))
     return batches
 
 

@@ -22,13 +22,14 @@ Where we depart from the paper:
 2. the loss is averaged over the tokens of the whole batch, however the batch is cut into micro-batches;
 3. `--model scratch` has no counterpart in the paper, which starts from pretrained models.
 """
-import csv, glob, itertools, json, math, os, re, signal, sys, time, zlib
+import csv, functools, glob, itertools, json, math, os, re, signal, sys, time, zlib
 from collections import Counter
 from random import Random
 from types import SimpleNamespace
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
@@ -134,13 +135,9 @@ def check_finite(step, loss, norm, advice):
 def checkpoint_layers(model):
     """Gradient checkpointing: keep only each layer's input and run the layer again in the backward pass.
 
-    Hugging Face's switch acts in training mode alone. So the layers are put there, each by itself: what lies
-    inside them stays in eval mode, dropout stays off, and the log-probs are those that the sampler saw."""
-    # the switch has two names: transformers 5.23 calls the second one deprecated
-    switch = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-    switch({"use_reentrant": False})
+    Hugging Face's own switch acts in training mode alone, where dropout would be on too, and lets no cache pass."""
     for layer in model.model.layers:
-        layer.training = True
+        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 # -------------------------------------------------------------------------------------------------- 3. Memory

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from random import Random
 from types import SimpleNamespace
 
@@ -225,8 +226,8 @@ def test_gradient_does_not_depend_on_micro_batches(tiny, batch, norm):
 def step_gradient(policy, batch, monkeypatch=None, size=None, **options):
     """(gradient, log row) of one train_step; size: rows in a micro-batch."""
     if size:
-        monkeypatch.setattr(sft, "micro_batches", lambda lengths, tokens: [
-            list(range(i, min(i + size, len(lengths)))) for i in range(0, len(lengths), size)])
+        monkeypatch.setattr(grpo, "pack", lambda examples, tokens: [
+            list(range(i, min(i + size, len(examples)))) for i in range(0, len(examples), size)])
     recorder = Recorder(policy.model)
     row = grpo.train_step(policy, policy.reference, recorder, batch, arguments(**options))
     return recorder.gradient, row
@@ -295,8 +296,54 @@ def test_gradient_checkpointing_recomputes(tiny, batch):
     sft.checkpoint_layers(policy.model)
     again, row = step_gradient(policy, batch, beta=0)
     assert len(calls) == 3 * once and torch.equal(plain, again) and row["drift_max"] < 1e-4
-    assert not any(module.training for layer in policy.model.model.layers for module in layer.modules()
-                   if module is not layer)
+    assert not any(module.training for module in policy.model.modules())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", ["qwen2.5", "qwen3", "llama-3.2"])
+def test_a_prompt_computed_once_is_the_same_sum(family, checkpointing):
+    """Bugs: padding of a shorter prompt that is looked at, positions that start anew, keys without their gradient,
+    another row's prompt, keys noted twice under checkpointing. Three wrong versions are rejected."""
+    model, chance = hugging_face_model(family, 97).eval(), Random(1)
+    prompts = [[chance.randrange(97) for _ in range(length)] for length in (7, 1, 23, 12)]
+    examples = [(prompt, [chance.randrange(97) for _ in range(length)])
+                for prompt in prompts for length in (3, 9, 1)]
+    if checkpointing:
+        sft.checkpoint_layers(model)
+
+    def values(form, change=lambda batch: batch):
+        """Log-probs, and the gradient of a sum of them in which every token has a weight of its own."""
+        model.zero_grad()
+        batch = change(grpo.make_batch(examples, [[0.0] * len(r) for _, r in examples], torch.ones(12), "cpu"))
+        logprob, _ = sample.token_logprobs(form(model, batch), model.lm_head.weight, batch.targets)
+        (logprob * torch.linspace(0.5, 2, logprob.numel()).view(logprob.shape)).sum().backward()
+        return logprob.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    logprob, gradient = values(grpo.prompt_once)
+    truth, its_gradient = values(grpo.row_by_row)
+    assert (logprob - truth).abs().max() < 5e-6
+    assert (gradient - its_gradient).norm() < 2e-6 * its_gradient.norm()
+    for wrong in (lambda b: replace(b, lengths=b.lengths.clamp(min=22)),  # padding of the prompts is seen
+                  lambda b: replace(b, owner=b.owner.roll(1)),
+                  lambda b: replace(b, inputs=b.inputs.roll(1, dims=1))):
+        logprob, gradient = values(grpo.prompt_once, wrong)
+        assert (logprob - truth).abs().max() > 1e-3
+        assert (gradient - its_gradient).norm() > 1e-3 * its_gradient.norm()
+
+
+def test_packing():
+    """Bugs: a row lost or twice; a micro-batch above the bound; a prompt computed for each of its rows."""
+    chance = Random(3)
+    prompts = [[i] * chance.randrange(20, 60) for i in range(9)]
+    examples = [(prompt, [0] * chance.randrange(5, 80)) for prompt in prompts for _ in range(8)]
+    batches = grpo.pack(examples, 1000)
+    assert sorted(row for batch in batches for row in batch) == list(range(72))
+    for batch in batches:
+        some = [examples[row] for row in batch]
+        made = grpo.make_batch(some, [[0.0]] * len(some), torch.ones(len(some)), "cpu")
+        assert made.prompts.numel() + made.inputs.numel() <= 1000
+    computed = sum(len({tuple(examples[row][0]) for row in batch}) for batch in batches)
+    assert computed < 9 + len(batches) and grpo.pack(examples[:1], 10) == [[0]]
 
 
 def test_a_second_epoch_makes_the_clip_act(tiny, batch):
@@ -352,6 +399,8 @@ def test_two_armed_bandit(options):
 class Arms(torch.nn.Module):
     """A language model of two words whose logits are its two weights, with the parts that the trainer asks
     for."""
+    config = SimpleNamespace(model_type="two arms")  # it has no layers that could share a prompt
+
     def __init__(self):
         super().__init__()
         self.lm_head = torch.nn.Linear(1, 2, bias=False)
@@ -595,14 +644,14 @@ def test_guard_rails(row, words):
 
 def test_a_stop_for_numbers_leaves_the_last_good_state(script, tmp_path, tiny_file, monkeypatch):
     """Bug: a NaN that is saved over the state that could have been resumed from."""
-    calls, logprobs = [], sft.response_logprobs
+    calls, logprobs = [], grpo.Batch.logprobs
 
-    def broken(model, *arguments):
+    def broken(batch, *arguments):
         calls.append(1)
-        values, entropy = logprobs(model, *arguments)
+        values, entropy = logprobs(batch, *arguments)
         # the reference and the policy, step 3
         return (values * float("nan") if len(calls) == 6 else values), entropy
-    monkeypatch.setattr(sft, "response_logprobs", broken)
+    monkeypatch.setattr(grpo.Batch, "logprobs", broken)
     base = ["grpo.py", "--ckpt", tiny_file, "--steps", 9, *SMALL, "--entropy", 0.01]
     result = script(*base, "--save-every", 1)
     assert result.returncode == 2 and "step 3" in result.stderr and "not a finite number" in result.stderr
