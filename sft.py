@@ -6,37 +6,43 @@
     python sft.py --model Qwen/Qwen2.5-1.5B --data bridge.jsonl --resume    # go on after a kill or Ctrl-C
     python sft.py --model scratch --out base.pt             # pretrain a tiny base model
 
-The objective is the mean log-prob of the answer's tokens given the prompt:  loss = - sum log pi(o_t | q, o_<t) / tokens.
-Prompt tokens condition and are never trained on. What is masked follows from lengths, never from token values (a pad
-token that equals the end token would otherwise hide the end, and generation would never stop); exactly one end token
-is trained. The first half of this file is shared with grpo.py: batches, log-probs, the optimizer, memory, the log, resuming.
+Fine-tuning is next-token prediction on given answers: the policy pi, which is our language model, learns to
+find every token o_t of the answer likely after the question q and the answer's tokens before it,
+
+    loss = - sum log pi(o_t | q, o_<t) / number of answer tokens
+
+The question's tokens condition and are never trained on. What is masked follows from lengths, never from
+token values (a pad that equals the end token would otherwise hide the end, and generation would never stop);
+exactly one end token is trained.
+
+grpo.py shares sections 1 to 5. Half an hour of reading without pretraining (7); at first skip memory (3) too.
 
 Where we depart from the paper:
-1. for the tiny model, batch, learning rate, epochs and p are its own (PRESETS below); for every other model they are the paper's;
-2. the loss is averaged over the tokens of the whole batch, so it does not depend on how the batch is cut into micro-batches;
+1. for the tiny model, batch, learning rate, epochs and p are its own (PRESETS below), else the paper's;
+2. the loss is averaged over the tokens of the whole batch, however the batch is cut into micro-batches;
 3. `--model scratch` has no counterpart in the paper, which starts from pretrained models.
 """
-import argparse, csv, glob, itertools, json, os, re, signal, sys, time, zlib
+import csv, functools, glob, itertools, json, math, os, re, signal, sys, time, zlib
 from collections import Counter
 from random import Random
+from types import SimpleNamespace
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 import data, inject, sample
 
-# The paper's settings, and ours for a model a thousand times smaller.
-PRESETS = {"tiny": dict(lr=1e-3, batch=32, epochs=1, p=0.3), "paper": dict(lr=5e-6, batch=128, epochs=5, p=0.1)}
 
-
-# --------------------------------------------------------------------------------- shared with grpo.py
+# ----------------------------------------------------------------------------- 1. Micro-batches and log-probs
 def collate(examples, device, pad):
     """Examples (prompt tokens, response tokens) -> inputs (B, T), targets (B, T), both padded on the right.
 
-    targets[b, t] is the token after inputs[b, t] where that token belongs to the response, else -100. Right padding
-    under a causal mask needs no attention mask: no real token ever looks at a pad."""
+    targets[b, t] is the token after inputs[b, t] where that token belongs to the response, else -100, which
+    every loss skips: only the response is trained on. Right padding under a causal mask needs no attention
+    mask: no real token ever looks at a pad."""
     width = max(len(prompt) + len(response) for prompt, response in examples) - 1
     inputs = torch.full((len(examples), width), pad)
     targets = torch.full((len(examples), width), sample.IGNORE)
@@ -48,39 +54,44 @@ def collate(examples, device, pad):
 
 
 def micro_batches(lengths, tokens):
-    """Row numbers in groups of similar length, each at most `tokens` when padded (one row at least): little padding."""
-    groups, group = [], []
-    for row in sorted(range(len(lengths)), key=lambda r: -lengths[r]):
-        if group and (len(group) + 1) * lengths[group[0]] > tokens:
-            groups.append(group)
-            group = []
-        group.append(row)
-    return groups + [group] if group else groups
+    """Row numbers in groups of similar length, each at most `tokens` when padded (one row at least).
+
+    The gradient of a batch is the sum of its micro-batches' gradients, if each of their losses is divided by
+    the whole batch's denominator."""
+    groups = []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        # a group's first row is its longest
+        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= tokens:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return groups
 
 
 def response_logprobs(model, inputs, targets, temperature=1.0):
     """log pi of every target under `model` and the entropy there: two (B, T) fp32 tensors, 0 where masked."""
-    hidden = model.model(input_ids=inputs, use_cache=False).last_hidden_state  # (B, T, H); the logits are never held whole
+    hidden = model.model(input_ids=inputs, use_cache=False).last_hidden_state  # (B, T, H), never (B, T, V)
     return sample.token_logprobs(hidden, model.lm_head.weight, targets, temperature=temperature)
 
 
 def sum_of_logprobs(model, inputs, targets):
-    """The sum of response_logprobs, a scalar: what SFT needs, for a product less with the head (sample.sum_logprob)."""
+    """The sum of response_logprobs, a scalar: all that SFT needs, and one product with the head less."""
     hidden = model.model(input_ids=inputs, use_cache=False).last_hidden_state  # (B, T, H)
     return sample.sum_logprob(hidden, model.lm_head.weight, targets)
 
 
+# ------------------------------------------------------------------------------------------- 2. The optimizer
 class Optimizer:
     """AdamW in fp32 for parameters of any dtype, with the paper's settings.
 
-    bf16 keeps 8 bits of a weight: an update of 1e-6 of its size would be rounded away at every step. So bf16 parameters
-    get an fp32 master copy; gradients are summed into it, AdamW steps on it, and the parameters are rewritten from it."""
+    bf16 keeps 8 bits of a weight: an update of 1e-6 of its size would be rounded away at every step. So bf16
+    parameters get an fp32 master copy that gradients are summed into, AdamW steps on, and is copied back."""
 
     def __init__(self, model, lr, weight_decay=0.01, betas=(0.9, 0.95)):
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.master = [p if p.dtype == torch.float32 else p.detach().float() for p in self.params]
         # foreach, the default on CUDA, would hold a temporary copy of all parameters
-        self.adam = torch.optim.AdamW(self.master, lr=lr, betas=betas, weight_decay=weight_decay, foreach=False)
+        self.adam = torch.optim.AdamW(self.master, lr, betas, weight_decay=weight_decay, foreach=False)
         for param, master in zip(self.params, self.master):
             if master is not param:
                 param.register_post_accumulate_grad_hook(lambda p, m=master: self._collect(p, m))
@@ -91,48 +102,53 @@ class Optimizer:
         master.grad = param.grad.float() if master.grad is None else master.grad.add_(param.grad)
         param.grad = None
 
+    @torch.no_grad()
     def step(self, clip=1.0):
         """Clip the gradient to norm `clip`, update, clear. Returns the norm before clipping."""
         norm = torch.nn.utils.clip_grad_norm_(self.master, clip).item()
-        if norm == norm and norm != float("inf"):  # a NaN gradient must never reach the weights; the caller stops
+        if math.isfinite(norm):  # NaN must never reach the weights; the caller stops (check_finite)
             self.adam.step()
-            with torch.no_grad():
-                for param, master in zip(self.params, self.master):
-                    if master is not param:
-                        param.copy_(master)
+            for param, master in zip(self.params, self.master):
+                if master is not param:
+                    param.copy_(master)
         self.adam.zero_grad(set_to_none=True)
         return norm
 
     def state(self):
         return {"adam": self.adam.state_dict(), "master": [m.detach() for m in self.master]}
 
+    @torch.no_grad()
     def load_state(self, state):
         self.adam.load_state_dict(state["adam"])
-        with torch.no_grad():
-            for param, master, saved in zip(self.params, self.master, state["master"]):
-                master.copy_(saved)
-                param.copy_(saved)
+        for param, master, saved in zip(self.params, self.master, state["master"]):
+            master.copy_(saved)
+            param.copy_(saved)
+
+
+def check_finite(step, loss, norm, advice):
+    """Stop a run whose numbers have blown up, before its weights are saved over those of an earlier step."""
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise data.InputError(f"step {step}: the loss or its gradient is not a finite number; "
+                              f"what was saved before is untouched; {advice}")
 
 
 def checkpoint_layers(model):
     """Gradient checkpointing: keep only each layer's input and run the layer again in the backward pass.
 
-    Hugging Face's switch acts in training mode alone. So the layers are put there, each by itself: what lies inside them stays
-    in eval mode, dropout stays off, and the log-probs are those that the sampler saw."""
-    # the switch has two names: transformers 5.23 calls the second one deprecated
-    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)({"use_reentrant": False})
+    Hugging Face's own switch acts in training mode alone, where dropout would be on too, and lets no cache pass."""
     for layer in model.model.layers:
-        layer.training = True
+        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
 
 
+# -------------------------------------------------------------------------------------------------- 3. Memory
 def predict_memory(model, tokens, *, reference=False, checkpointing=False, sampler=(0, 0)):
-    """Bytes at the peak of a training step, part by part: {"weights": ..., ...}. An estimate: what is alive lies within a factor
-    of 1.2 (a test measures it); a CPU's allocator may hold half as much again.
+    """Bytes at the peak of a training step, part by part: {"weights": ..., ...}. A test holds it against what
+    is alive, within a factor of 1.2; a CPU's allocator may hold half as much again.
 
-    tokens: those of one micro-batch, padding included. sampler: (rows, length) of its key-value cache, which is kept between
-    steps. What a layer keeps for its backward pass, per token of width H with weights of b bytes: for each of the two norms
-    the input and its normalised copy and output, 4H + 2bH; queries, keys, values, the attention's output twice, and four
-    tensors of the MLP's width I."""
+    tokens: those of one micro-batch, padding included. sampler: (rows, length) of its key-value cache, which
+    is kept between steps. What a layer keeps for its backward pass, per token of width H with weights of b
+    bytes: for each of the two norms the input and its normalised copy and output, 4H + 2bH; queries, keys,
+    values, the attention's output twice, and four tensors of the MLP's width I."""
     config, weight = model.config, model.lm_head.weight
     V, H = weight.shape
     b, layers, P = weight.element_size(), config.num_hidden_layers, sum(p.numel() for p in model.parameters())
@@ -149,28 +165,33 @@ def predict_memory(model, tokens, *, reference=False, checkpointing=False, sampl
 
 
 def free_memory(model):
-    """Bytes that this process may hold in all, weights included; None where nobody can say (macOS, Windows)."""
-    device, weights = model.device, sum(p.nbytes for p in model.parameters())
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    if device.type == "cpu" and os.path.exists("/proc/meminfo"):
-        return int(re.search(r"MemAvailable:\s+(\d+) kB", open("/proc/meminfo").read())[1]) * 1024 + weights
+    """Bytes that this process may hold, weights included; None where nobody can say (macOS, Windows)."""
+    if model.device.type == "cuda":
+        return torch.cuda.mem_get_info(model.device)[0] + torch.cuda.memory_reserved(model.device)
+    if model.device.type == "cpu" and os.path.exists("/proc/meminfo"):
+        available = re.search(r"MemAvailable:\s+(\d+) kB", open("/proc/meminfo").read())[1]
+        return int(available) * 1024 + sum(p.nbytes for p in model.parameters())
     return None
+
+
+REMEDIES = {"activations": "lower --micro-tokens or pass --gradient-checkpointing",
+            "sampler": "lower --max-new-tokens", "reference": "--beta 0 keeps no reference"}
 
 
 def describe_memory(parts, free):
     """The start line: the predicted peak and its parts, and what to lower where that is more than is free."""
-    total, by_size = sum(parts.values()), sorted(parts.items(), key=lambda item: -item[1])
-    line = f"memory: {total / 1e9:.2f} GB predicted at the peak (" + ", ".join(f"{k} {v / 1e9:.2f}" for k, v in by_size if v > 5e6) + ")"
+    total, by_size = sum(parts.values()), sorted(parts, key=lambda name: -parts[name])
+    large = ", ".join(f"{name} {parts[name] / 1e9:.2f}" for name in by_size if parts[name] > 5e6)
+    line = f"memory: {total / 1e9:.2f} GB predicted at the peak ({large})"
     if free is None or total <= free:
         return line
-    remedies = {"activations": "lower --micro-tokens or pass --gradient-checkpointing", "sampler": "lower --max-new-tokens",
-                "reference": "--beta 0 keeps no reference"}
-    lowerable = [(name, remedy) for name, _ in by_size if (remedy := remedies.get(name)) and parts[name]]
-    fits = total - sum(parts[name] for name, _ in lowerable) < free
-    return line + f"; warning: only {free / 1e9:.2f} GB are free: " + (lowerable[0][1] if fits else "no flag can help, take a smaller model")
+    lowerable = [name for name in by_size if name in REMEDIES and parts[name]]
+    fits = total - sum(parts[name] for name in lowerable) < free
+    remedy = REMEDIES[lowerable[0]] if fits else "no flag can help, take a smaller model"
+    return f"{line}; warning: only {free / 1e9:.2f} GB are free: {remedy}"
 
 
+# ------------------------------------------------------------------- 4. What makes a run survive, and its log
 class Log:
     """A CSV file, one row a step. Values that were not measured stay empty."""
 
@@ -182,128 +203,178 @@ class Log:
                 with open(path, newline="") as file:
                     rows = list(csv.reader(file))[1:keep + 1]
             except OSError as error:
-                raise data.InputError(f"{path}: the log of the run to go on with cannot be read ({error.strerror}); put it back") from None
-        with open(f"{path}.tmp", "w", newline="") as file:  # replaced whole: a kill in between would lose the rows
+                raise data.InputError(f"{path}: the log of the run to go on with cannot be read "
+                                      f"({error.strerror}); put it back") from None
+        with data.replacing(path) as file:
             csv.writer(file).writerows([columns, *rows])
-        os.replace(f"{path}.tmp", path)
         self.file, self.columns = open(path, "a", newline=""), columns
         self.writer = csv.writer(self.file)
 
     def row(self, **values):
-        self.writer.writerow([f"{v:.6g}" if isinstance(v, float) else v for v in (values.get(c, "") for c in self.columns)])
+        cells = [values.get(column, "") for column in self.columns]
+        self.writer.writerow([f"{cell:.6g}" if isinstance(cell, float) else cell for cell in cells])
         self.file.flush()
 
 
+class CtrlC:
+    """Inside `with run.ctrl_c:` the first Ctrl-C is a wish (asked), granted at the end of the step: half a
+    step cannot be resumed. The second stops at once; what was saved before stays whole."""
+    asked = False
+
+    def __enter__(self):
+        self.before = signal.signal(signal.SIGINT, self.ask)
+        return self
+
+    def __exit__(self, *_):
+        signal.signal(signal.SIGINT, self.before)
+
+    def ask(self, *_):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        print("\nfinishing this step, then saving; Ctrl-C again stops at once", file=sys.stderr)
+
+
+# may change when a run goes on: they name files, whose contents are compared, or touch nothing computed
+FREE = {"ckpt", "model", "data", "out", "export", "resume", "save_every", "eval_every", "eval_n", "patience",
+        "command"}
+
+
+def identity(args, model, free=()):
+    """What a resumed run must repeat, {name: value}: flags that are not free, the model, the data."""
+    flags = json.loads(json.dumps(vars(args), default=str))  # plain values, as a saved state has them
+    same = {f"--{name.replace('_', '-')}": flags[name] for name in flags if name not in FREE.union(free)}
+    checksum = 0
+    for p in model.parameters():
+        checksum = zlib.crc32(p.detach().cpu().contiguous().view(torch.uint8).numpy(), checksum)
+    same["a model with checksum"] = checksum
+    if args.data:
+        same["--data with checksum"] = zlib.crc32(open(args.data, "rb").read())
+    return same
+
+
+def set_aside(path):
+    """Rename a finished result and its CSV to the next free name: a new run never loses an old one."""
+    stem = path.removesuffix(".pt")
+    if os.path.exists(path):
+        number = next(i for i in itertools.count(1) if not os.path.exists(f"{stem}.{i}.pt"))
+        os.replace(path, f"{stem}.{number}.pt")
+        if os.path.exists(f"{stem}.csv"):
+            os.replace(f"{stem}.csv", f"{stem}.{number}.csv")
+        print(f"{path} existed: renamed to {stem}.{number}.pt")
+
+
 class Run:
-    """What makes a run survive: OUT.state.pt holds its last saved step, replaced whole or not at all, and Ctrl-C waits for the
-    end of a step. No generator's state is saved: what a step draws follows from the flags and its number."""
-    # may change when a run goes on: they name files (whose contents are compared) or do not touch what is computed
-    FREE = {"ckpt", "model", "data", "out", "export", "resume", "save_every", "eval_every", "eval_n", "patience", "command"}
+    """The saved state of a run, OUT.state.pt: its last saved step, the flags of its start, the optimizer with
+    the weights, and what the loop adds. The file is replaced whole or not at all: a kill -9, in a save too,
+    costs the steps since the save before. No generator's state is in it: what a step draws follows from the
+    flags and the step's number."""
 
     def __init__(self, out, resume):
-        self.path, self.state, self.stop = out.removesuffix(".pt") + ".state.pt", {"step": 0}, False
+        """Before anything is computed: an unfinished run is not overwritten, a finished one not resumed."""
+        self.path, self.state, self.ctrl_c = out.removesuffix(".pt") + ".state.pt", {"step": 0}, CtrlC()
         if os.path.exists(self.path):
             if not resume:
-                raise data.InputError(f"{self.path} holds an unfinished run: pass --resume to go on, another --out, or delete that file")
+                raise data.InputError(f"{self.path} holds an unfinished run: pass --resume to go on, "
+                                      "another --out, or delete that file")
             try:
                 self.state = torch.load(self.path, map_location="cpu", weights_only=True)
                 self.state["step"], self.state["flags"], self.state["optimizer"]
             except Exception:
-                raise data.InputError(f"{self.path}: not a saved state, or damaged; delete it to start anew") from None
+                raise data.InputError(f"{self.path}: not a saved state, or damaged; "
+                                      "delete it to start anew") from None
         elif resume and os.path.exists(out):
             print(f"{out} is finished: nothing to resume")
             raise SystemExit(0)
-        for path in (out, self.path):  # what a kill during a save left behind
+        # what a kill during a save left behind
+        for path in (out, self.path, out.removesuffix(".pt") + ".csv"):
             for leftover in glob.glob(glob.escape(path) + "*.tmp"):
                 os.remove(leftover)
 
     def begin(self, args, model, free=()):
-        """With the flags complete and the weights loaded: refuse to go on with others than the run was begun with (free: more flags
-        that may change). A new run moves an old result out of the way."""
-        flags = {f"--{name.replace('_', '-')}": value for name, value in json.loads(json.dumps(vars(args), default=str)).items()
-                 if name not in self.FREE.union(free)}
-        checksum = 0
-        for p in model.parameters():
-            checksum = zlib.crc32(p.detach().cpu().contiguous().view(torch.uint8).numpy(), checksum)
-        flags["a model with checksum"] = checksum
-        if args.data:
-            flags["--data with checksum"] = zlib.crc32(open(args.data, "rb").read())
-        self.flags, before = flags, self.state.get("flags", flags)
-        for name in flags | before:
-            if flags.get(name) != before.get(name):
-                raise data.InputError(f"{self.path} was begun with {name} {before.get(name)}, not {flags.get(name)}: "
+        """With the flags complete and the weights loaded: a resumed run must repeat its start (free: more
+        flags that may change); a new one moves an old result out of the way."""
+        self.flags = identity(args, model, free)
+        if "flags" not in self.state:
+            return set_aside(args.out)
+        for name in self.flags | self.state["flags"]:
+            before, now = self.state["flags"].get(name), self.flags.get(name)
+            if before != now:
+                raise data.InputError(f"{self.path} was begun with {name} {before}, not {now}: "
                                       "to go on, repeat the flags and files of its start")
-        if "flags" in self.state:
-            print(f"resuming {args.out} after step {self.state['step']}")
-        else:
-            set_aside(args.out)
+        print(f"resuming {args.out} after step {self.state['step']}")
 
     def save(self, step, optimizer, **more):
-        sample.write_atomically(self.path, {"step": step, "flags": self.flags, "optimizer": optimizer.state(), **more})
+        with data.replacing(self.path, "wb") as file:
+            torch.save({"step": step, "flags": self.flags, "optimizer": optimizer.state(), **more}, file)
 
     def end_of_step(self, step, last, every, optimizer, **more):
-        """Save where it is due; save and stop where Ctrl-C asked for it. After the last step there is nothing to go on with."""
-        if step < last and (self.stop or step % every == 0):
+        """Save where it is due; save and stop where Ctrl-C asked for it. After the last step there is nothing
+        to go on with: the caller writes the result and calls `finish`."""
+        if step < last and (self.ctrl_c.asked or step % every == 0):
             self.save(step, optimizer, **more)
-        if step < last and self.stop:
-            print(f"\nstopped after step {step} of {last}, saved in {self.path}: the same command with --resume goes on", file=sys.stderr)
+        if step < last and self.ctrl_c.asked:
+            print(f"\nstopped after step {step} of {last}, saved in {self.path}: "
+                  "the same command with --resume goes on", file=sys.stderr)
             raise SystemExit(130)
 
     def finish(self):
         if os.path.exists(self.path):
             os.remove(self.path)
 
-    def __enter__(self):
-        self.before = signal.signal(signal.SIGINT, self.interrupt)
-        return self
 
-    def __exit__(self, *_):
-        signal.signal(signal.SIGINT, self.before)
-
-    def interrupt(self, *_):
-        if self.stop:
-            raise KeyboardInterrupt  # what was saved before stays whole
-        self.stop = True
-        print("\nfinishing this step, then saving; Ctrl-C again stops at once", file=sys.stderr)
-
-
-def set_aside(path):
-    """Rename a finished result (and its CSV) to the next free name, so that a new run never loses an old one."""
-    stem, suffix = os.path.splitext(path)
-    if os.path.exists(path):
-        number = next(i for i in itertools.count(1) if not os.path.exists(f"{stem}.{i}{suffix}"))
-        os.replace(path, f"{stem}.{number}{suffix}")
-        if os.path.exists(f"{stem}.csv"):
-            os.replace(f"{stem}.csv", f"{stem}.{number}.csv")
-        print(f"{path} existed: renamed to {stem}.{number}{suffix}")
+# --------------------------------------------------------------------------------------------------- 5. Flags
+def add_run_flags(parser, out):
+    """The flags that every training run has, here and in grpo.py."""
+    add = parser.add_argument_group("run").add_argument
+    add("--out", default=out, help="the result, a .pt file; its log is the .csv beside it")
+    add("--seed", type=data.natural, default=0)
+    add("--resume", action="store_true", help="go on with an unfinished run of the same --out")
+    add("--save-every", type=data.positive_int, default=25, help="steps between saved states")
+    add("--export", metavar="FOLDER", help="also write a Hugging Face folder at the end")
+    add("--weight-decay", type=data.not_negative, default=0.01)
+    add("--micro-tokens", type=data.positive_int, default=4096,
+        help="tokens in one forward pass: lower it when memory runs out")
+    add("--gradient-checkpointing", action="store_true",
+        help="keep layer inputs only and compute the rest twice: less memory, slower")
 
 
-def check_positive(args, *flags):
-    for flag in flags:
-        value = getattr(args, flag)
-        if value is not None and not 0 < value < float("inf"):
-            raise data.InputError(f"--{flag.replace('_', '-')} {value}: must be above 0")
+def describe_presets(presets):
+    """For --help, what a flag is where it is not given: .lr says "default: 0.001 for a tiny model, ..."."""
+    return SimpleNamespace(**{flag: f"default: {tiny:g} for a tiny model, else {presets['paper'][flag]:g}"
+                              for flag, tiny in presets["tiny"].items()})
+
+
+def fill_in(args, model, presets):
+    """Flags that were not given get the preset for a model of this size."""
+    small = sum(p.numel() for p in model.parameters()) < 50e6
+    for flag, value in presets["tiny" if small else "paper"].items():
+        if getattr(args, flag) is None:
+            setattr(args, flag, value)
 
 
 def refuse(args, parser, flags, why):
     """Raise where one of `flags` was given that another flag makes meaningless."""
     for flag in flags:
         if getattr(args, flag) != parser.get_default(flag):
-            raise data.InputError(f"--{flag.replace('_', '-')} has no effect {why}: leave one of the two out")
+            name = flag.replace("_", "-")
+            raise data.InputError(f"--{name} has no effect {why}: leave one of the two out")
 
 
 def check_files(args, parser, start):
-    """Refuse flags that contradict each other on what is read, and outputs that could not be written at the end of a long run.
-    start: the file or name that the weights come from."""
+    """Refuse flags that contradict each other on what is read, and outputs that could not be written at the
+    end of a long run. start: the file or name that the weights come from."""
     if args.data:
-        refuse(args, parser, ("task", "ops", "size", "tidy", "depth", "redundancy", "names", "max_answer", "max_value"), "with --data, which brings its problems")
+        drawing = ("task", "ops", "size", "tidy", "depth", "redundancy", "names", "max_answer", "max_value")
+        refuse(args, parser, drawing, "with --data, which brings its problems")
     elif args.task == "igsm":
         refuse(args, parser, ("depth", "redundancy", "names"), "with --task igsm")
     else:
         refuse(args, parser, ("ops", "size", "tidy"), f"with --task {args.task}")
     folder = os.path.dirname(args.out) or "."
     if not args.out.endswith(".pt") or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-        raise data.InputError(f"--out {args.out}: must end in .pt and lie in a folder that exists and can be written")
+        raise data.InputError(f"--out {args.out}: must end in .pt and lie in a folder that exists and can be "
+                              "written")
     if os.path.abspath(start) == os.path.abspath(args.out):
         raise data.InputError(f"--out {args.out}: is the file that the run starts from; name another one")
     empty = args.export and os.path.isdir(args.export) and not os.listdir(args.export)
@@ -311,51 +382,66 @@ def check_files(args, parser, start):
         raise data.InputError(f"--export {args.export}: exists already; name a new folder")
 
 
-# ------------------------------------------------------------------------------------------- the SFT loop
+# -------------------------------------------------------------------------------------------- 6. The SFT loop
 def load_examples(policy, problems, max_length):
-    """Problems with responses -> [(prompt tokens, response tokens)]; those longer than max_length are left out, and counted."""
-    pairs = [(sample.encode_prompt(policy.tokenizer, p.question), sample.encode_response(policy.tokenizer, p.response))
-             for p in problems]
-    kept = [(prompt, response) for prompt, response in pairs if len(prompt) + len(response) <= max_length]
+    """Problems with responses -> [(prompt tokens, response tokens)]; those longer than max_length tokens are
+    left out, and counted."""
+    examples = [(sample.encode_prompt(policy.tokenizer, problem.question),
+                 sample.encode_response(policy.tokenizer, problem.response)) for problem in problems]
+    kept = [(prompt, response) for prompt, response in examples if len(prompt) + len(response) <= max_length]
     if not kept:
         raise data.InputError(f"every example is longer than --max-length {max_length} tokens: raise it")
-    if len(kept) < len(pairs):
-        print(f"{len(pairs) - len(kept)} of {len(pairs)} examples are longer than --max-length {max_length} tokens: left out")
+    if len(kept) < len(examples):
+        print(f"{len(examples) - len(kept)} of {len(examples)} examples are longer than "
+              f"--max-length {max_length} tokens: left out")
     return kept
 
 
-def train(policy, examples, args, run, log):
-    """Supervised fine-tuning of policy.model on (prompt, response) token lists, in place, from the step that `run` has reached."""
-    model, pad = policy.model, policy.tokenizer.pad_token_id or 0
-    optimizer, first = Optimizer(model, args.lr, args.weight_decay), run.state["step"]
-    if first:
-        optimizer.load_state(run.state["optimizer"])
-    batches = [order[i:i + args.batch] for epoch in range(args.epochs)
-               for order in [Random(f"{args.seed} {epoch}").sample(range(len(examples)), len(examples))]
-               for i in range(0, len(order), args.batch)]
-    progress = tqdm(batches[first:], desc="sft", unit="step", mininterval=1, initial=first, total=len(batches))
-    for step, rows in enumerate(progress, first + 1):
-        start = time.time()
-        batch = [examples[row] for row in rows]
-        answer_tokens = sum(len(response) for _, response in batch)
-        loss = 0.0
-        for group in micro_batches([len(p) + len(r) for p, r in batch], args.micro_tokens):
-            inputs, targets = collate([batch[row] for row in group], policy.device, pad)
-            part = -sum_of_logprobs(model, inputs, targets) / answer_tokens  # the whole batch's denominator: micro-batches add up exactly
-            part.backward()
-            loss += part.item()
-        norm = optimizer.step(clip=1.0)
-        if not (abs(loss) < float("inf") and norm < float("inf")):  # False for NaN as well
-            raise data.InputError(f"step {step}: the loss or its gradient is not a finite number; what was saved before is untouched; "
-                                  f"begin anew under another --out with a lower --lr (now {args.lr})")
-        speed = sum(len(p) + len(r) for p, r in batch) / (time.time() - start)
-        progress.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s")
-        log.row(step=step, loss=loss, tokens_per_s=speed, lr=args.lr)
-        run.end_of_step(step, len(batches), args.save_every, optimizer)
+def draw_batches(count, batch, epochs, seed):
+    """Row numbers of each step's batch: every epoch goes through all `count` rows in an order of its own."""
+    batches = []
+    for epoch in range(epochs):
+        order = Random(f"{seed} {epoch}").sample(range(count), count)
+        batches += [order[i:i + batch] for i in range(0, count, batch)]
+    return batches
+
+
+def add_gradient(policy, batch, micro_tokens):
+    """Add the gradient of a batch's loss to the parameters' .grad, by micro-batches. Returns the loss."""
+    lengths = [len(prompt) + len(response) for prompt, response in batch]
+    answer_tokens = sum(len(response) for _, response in batch)  # the whole batch's: the parts add up
+    loss = 0.0
+    for rows in micro_batches(lengths, micro_tokens):
+        examples = [batch[row] for row in rows]
+        inputs, targets = collate(examples, policy.device, policy.tokenizer.pad_token_id or 0)  # (B, T) each
+        part = -sum_of_logprobs(policy.model, inputs, targets) / answer_tokens
+        part.backward()
+        loss += part.item()
     return loss
 
 
-# ---------------------------------------------------------------------------- a tiny base model from scratch
+def train(policy, examples, args, run, log):
+    """Fine-tune policy.model in place on (prompt, response) token lists, from the last saved step on."""
+    optimizer, first = Optimizer(policy.model, args.lr, args.weight_decay), run.state["step"]
+    if first:
+        optimizer.load_state(run.state["optimizer"])
+    batches = draw_batches(len(examples), args.batch, args.epochs, args.seed)
+    progress = tqdm(batches[first:], "sft", total=len(batches), initial=first, unit="step", mininterval=1)
+    with run.ctrl_c:
+        for step, rows in enumerate(progress, first + 1):
+            start = time.time()
+            batch = [examples[row] for row in rows]
+            loss = add_gradient(policy, batch, args.micro_tokens)
+            norm = optimizer.step(clip=1.0)
+            check_finite(step, loss, norm, f"begin anew under another --out with a lower --lr than {args.lr}")
+            speed = sum(len(prompt) + len(response) for prompt, response in batch) / (time.time() - start)
+            progress.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s")
+            log.row(step=step, loss=loss, tokens_per_s=speed, lr=args.lr)
+            run.end_of_step(step, len(batches), args.save_every, optimizer)
+    return loss
+
+
+# -------------------------------------------------------------------------- 7. A tiny base model from scratch
 # A real base model has read answers of every style before anyone fine-tunes it. Ours has to, too: for a base
 # that has read only plain answers, injected ones are a competence to be learned from 2,000 examples, and RL
 # deletes what is half learned (results/tiny/regimes.md). So it reads (1) skills without answers, in a wording
@@ -736,102 +822,118 @@ def pretrain(policy, args, run):
             sample.save_policy(args.out, policy, vars(args) | row, dtype=torch.bfloat16)
         run.end_of_step(pool, pool + (not last), args.save_every, optimizer, seen=seen, updates=updates)
 
+# --------------------------------------------------------------------------------------------- 8. The command
+PRESETS = {"tiny": dict(lr=1e-3, batch=32, epochs=1, p=0.3),  # ours, for a model a thousand times smaller
+           "paper": dict(lr=5e-6, batch=128, epochs=5, p=0.1)}
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    add = parser.add_argument
-    add("--model", default="tiny", help="tiny (results/tiny/base.pt), scratch (pretrain one), a .pt file, or a Hugging Face folder or name")
+
+def add_flags(parser):
+    add, preset = parser.add_argument, describe_presets(PRESETS)
+    add("--model", default="tiny",
+        help="tiny (results/tiny/base.pt), scratch (pretrain one), a .pt file, a Hugging Face folder, a name")
     add("--data", help="JSONL with responses; default: --n fresh problems with --method's answers")
-    add("--out", default="sft.pt")
-    add("--seed", type=int, default=0)
-    data.add_problem_flags(parser)
-    add("--method", choices=["vanilla", "bridge", "pp-aug", "rc-aug"], default="bridge", help="answers of the fresh problems")
+    add_run_flags(parser, out="sft.pt")
+    problems = parser.add_argument_group("fresh problems")
+    data.add_problem_flags(problems)
+    add = problems.add_argument
+    add("--n", type=data.positive_int, default=2000, help="how many")
+    add("--method", choices=["vanilla", "bridge", "pp-aug", "rc-aug"], default="bridge", help="their answers")
     add("--behaviors", nargs="*", choices=inject.BEHAVIORS, default=inject.BEHAVIORS)
-    add("--p", type=float, help="injection probability of analysis and reflection; default: 0.3 for a tiny model, else 0.1")
-    add("--n", type=int, default=2000, help="fresh problems")
-    add("--lr", type=float, help="default: 1e-3 for a tiny model, else the paper's 5e-6")
-    add("--batch", type=int, help="examples a step; default: 32 for a tiny model, else 128")
-    add("--epochs", type=int, help="default: 1 for a tiny model, else 5")
-    add("--weight-decay", type=float, default=0.01)
-    add("--max-length", type=int, default=2048, help="longer examples are left out, tokens")
-    add("--micro-tokens", type=int, default=4096, help="tokens in one forward pass: lower it when memory runs out")
-    add("--gradient-checkpointing", action="store_true", help="keep layer inputs only and compute the rest twice: less memory, slower")
-    add("--resume", action="store_true", help="go on with an unfinished run of the same --out")
-    add("--save-every", type=int, default=25, help="steps between saved states")
-    add("--export", metavar="FOLDER", help="also write a Hugging Face folder")
-    scratch = parser.add_argument_group("pretraining (--model scratch)")
-    scratch.add_argument("--tokens", type=float, default=32e6)
-    scratch.add_argument("--skills", type=data.share, default=0.3, help="share of the tokens, at the start, that are skills alone")
-    scratch.add_argument("--start", help="another base whose body to start from")
-    scratch.add_argument("--width", type=int, default=128)
-    scratch.add_argument("--layers", type=int, default=6)
-    scratch.add_argument("--heads", type=int, default=2)
-    args = parser.parse_args()
-    options = data.problem_options(args)
-    check_positive(args, "n", "batch", "epochs", "max_length", "micro_tokens", "save_every", "tokens", "width", "layers", "heads", "lr")
-    if args.p is not None and not 0 <= args.p <= 1:
-        raise data.InputError("--p must lie in 0 ... 1")
-    if args.weight_decay < 0:
-        raise data.InputError("--weight-decay must be at least 0")
-    start = sample.TINY_BASE if args.model == "tiny" else args.model
+    add("--p", type=data.share, help=f"injection probability of analysis and reflection; {preset.p}")
+    add = parser.add_argument_group("fine-tuning").add_argument
+    add("--lr", type=data.positive, help=preset.lr)
+    add("--batch", type=data.positive_int, help=f"examples a step; {preset.batch}")
+    add("--epochs", type=data.positive_int, help=preset.epochs)
+    add("--max-length", type=data.positive_int, default=2048, help="longer examples are left out, tokens")
+    add = parser.add_argument_group("pretraining (--model scratch)").add_argument
+    add("--tokens", type=data.positive, default=32e6)
+    add("--skills", type=data.share, default=0.3, help="share of the tokens, the first, of skills alone")
+    add("--start", help="another base whose body to start from")
+    add("--width", type=data.positive_int, default=128)
+    add("--layers", type=data.positive_int, default=6)
+    add("--heads", type=data.positive_int, default=2)
+
+
+def check(args, parser, start):
+    """Refuse flags that contradict each other, each in one sentence."""
     check_files(args, parser, start)
     if args.data:
         refuse(args, parser, ("method", "behaviors", "p", "n"), "with --data, which brings its answers")
-    if args.method in ("vanilla", "pp-aug", "rc-aug"):
+    if args.method != "bridge":
         refuse(args, parser, ("behaviors", "p"), f"with --method {args.method}")
-    if args.model == "scratch":
-        refuse(args, parser, ("data", "ops", "size", "depth", "redundancy", "names", "tidy", "max_value", "method", "behaviors", "p", "n",
-                              "batch", "epochs", "gradient_checkpointing", "export"), "with --model scratch")
-    else:
-        refuse(args, parser, ("tokens", "skills", "start", "width", "layers", "heads"), "without --model scratch")
-    args.command = " ".join(["python", "sft.py", *sys.argv[1:]])
-    if args.model == "scratch":
-        if args.width % (2 * args.heads):
-            raise data.InputError("--width must be divisible by twice --heads")
-        args.lr = args.lr or 1e-3
-        run = Run(args.out, args.resume)
-        policy = tiny_policy(args.width, args.layers, args.heads, args.seed)
-        if args.start:
-            take_over(policy, sample.load_policy(args.start))
-        run.begin(args, policy.model)
-        with run:
-            pretrain(policy, args, run)
-        run.finish()
-        return
+    if args.model != "scratch":
+        refuse(args, parser, ("tokens", "skills", "start", "width", "layers", "heads"),
+               "without --model scratch")
+
+
+def run_pretraining(args, parser):
+    """--model scratch: section 7."""
+    refuse(args, parser, ("data", "ops", "size", "depth", "redundancy", "names", "tidy", "max_value",
+                          "method", "behaviors", "p", "n", "batch", "epochs", "gradient_checkpointing",
+                          "export"), "with --model scratch")
+    if args.width % (2 * args.heads):
+        raise data.InputError("--width must be divisible by twice --heads")
+    args.lr = args.lr or 1e-3
     run = Run(args.out, args.resume)
-    policy = sample.load_policy(start)
-    small = sum(p.numel() for p in policy.model.parameters()) < 50e6
-    for flag, value in PRESETS["tiny" if small else "paper"].items():
-        if getattr(args, flag) is None:
-            setattr(args, flag, value)
-    print(sample.describe(policy))
+    policy = tiny_policy(args.width, args.layers, args.heads, args.seed)
+    if args.start:
+        take_over(policy, sample.load_policy(args.start))
+    run.begin(args, policy.model)
+    with run.ctrl_c:
+        pretrain(policy, args, run)
+    run.finish()
+
+
+def answered_problems(args, options):
+    """Those of --data, or --n fresh ones with the answers of --method."""
     if args.data:
         problems = data.read_problems(args.data)
-        if empty := next((p for p in problems if not p.response), None):
-            raise data.InputError(f"{args.data}: problem {empty.id} has no response to train on")
-    else:
-        problems = []
-        for problem in itertools.islice(data.generate(seed=args.seed, **options), args.n):
-            for question, response in inject.augment(problem, args.method, args.behaviors, args.p, seed=args.seed):
-                problems.append(data.Problem(question, problem.answer, problem.target, problem.nodes, response))
-    examples = load_examples(policy, problems, args.max_length)
-    print(f"{len(examples)} examples ({args.data or args.method}), {sum(len(p) + len(r) for p, r in examples) / len(examples):.0f} tokens "
+        for problem in problems:
+            if not problem.response:
+                raise data.InputError(f"{args.data}: problem {problem.id} has no response to train on")
+        return problems
+    problems = []
+    for problem in itertools.islice(data.generate(seed=args.seed, **options), args.n):
+        copies = inject.augment(problem, args.method, args.behaviors, args.p, seed=args.seed)
+        problems += [data.Problem(question, problem.answer, problem.target, problem.nodes, response)
+                     for question, response in copies]
+    return problems
+
+
+def main():
+    parser = data.Parser(__doc__)
+    add_flags(parser)
+    args = parser.parse_args()
+    options = data.problem_options(args)
+    start = sample.TINY_BASE if args.model == "tiny" else args.model
+    check(args, parser, start)
+    args.command = " ".join(["python", "sft.py", *sys.argv[1:]])
+    if args.model == "scratch":
+        return run_pretraining(args, parser)
+    run = Run(args.out, args.resume)
+    policy = sample.load_policy(start)
+    fill_in(args, policy.model, PRESETS)
+    examples = load_examples(policy, answered_problems(args, options), args.max_length)
+    lengths = [len(prompt) + len(response) for prompt, response in examples]
+    tokens = max(args.micro_tokens, *lengths)
+    print(sample.describe(policy))
+    print(f"{len(examples)} examples ({args.data or args.method}), {sum(lengths) / len(examples):.0f} tokens "
           f"each; batch {args.batch}, lr {args.lr}, {args.epochs} epochs; writes {args.out}")
-    tokens = max(args.micro_tokens, max(len(p) + len(r) for p, r in examples))
-    print(describe_memory(predict_memory(policy.model, tokens, checkpointing=args.gradient_checkpointing), free_memory(policy.model)))
+    print(describe_memory(predict_memory(policy.model, tokens, checkpointing=args.gradient_checkpointing),
+                          free_memory(policy.model)))
     run.begin(args, policy.model)
     if args.gradient_checkpointing:
         checkpoint_layers(policy.model)
-    log = Log(args.out.removesuffix(".pt") + ".csv", ["step", "loss", "tokens_per_s", "lr"], keep=run.state["step"])
+    columns = ["step", "loss", "tokens_per_s", "lr"]
+    log = Log(args.out.removesuffix(".pt") + ".csv", columns, keep=run.state["step"])
     begun = time.time()
-    with run:
-        loss = train(policy, examples, args, run, log)
-    info = dict(vars(args), base=policy.info, stage="sft", loss=loss)
-    sample.save_policy(args.out, policy, info)
+    loss = train(policy, examples, args, run, log)
+    sample.save_policy(args.out, policy, dict(vars(args), base=policy.info, stage="sft", loss=loss))
     if args.export:
         sample.export_policy(policy, args.export)
     run.finish()
-    print(f"{args.out}: loss {loss:.3f} after {time.time() - begun:.0f} s; next: python grpo.py --ckpt {args.out}")
+    print(f"{args.out}: loss {loss:.3f} after {time.time() - begun:.0f} s; "
+          f"next: python grpo.py --ckpt {args.out}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""grpo.py: the formulas by hand, micro-batches, learning on a toy, resume after a kill, and the guard rails."""
+"""grpo.py: the formulas by hand, micro-batches, learning on a toy, resume after a kill, the guard rails."""
 import argparse
 import csv
 import doctest
@@ -10,13 +10,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from random import Random
 from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import (AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config,
-                          Qwen3ForCausalLM)
+from transformers import (AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM,
+                          Qwen3Config, Qwen3ForCausalLM)
 
 import data, grpo, sample, sft
 from conftest import ROOT
@@ -50,17 +51,18 @@ def test_advantages():
     matches = lambda f: torch.allclose(f(REWARDS), BY_HAND, atol=1e-4)
     assert matches(grpo.group_advantages)
     assert [name for name, wrong in WRONG_ADVANTAGES.items() if matches(wrong)] == []
-    assert torch.allclose(grpo.group_advantages(REWARDS, std=False)[0], torch.tensor([0.75, -0.25, -0.25, -0.25]))
+    assert torch.allclose(grpo.group_advantages(REWARDS, std=False)[0],
+                          torch.tensor([0.75, -0.25, -0.25, -0.25]))
     assert torch.equal(grpo.group_advantages(torch.ones(2, 1)), torch.zeros(2, 1))
 
 
-# Two rollouts of 2 and 1 tokens. Ratios: e^0.5 = 1.6487 (clipped to 1.2), 1; e^-0.5 = 0.6065 (clipped to 0.8).
+# Two rollouts of 2 and 1 tokens. Ratios: e^0.5 = 1.6487 (clipped to 1.2), 1; e^-0.5 = 0.6065 (clipped to 0.8)
 LOGPROB = torch.tensor([[-0.5, -1.0], [-2.0, -7.0]])
 OLD = torch.tensor([[-1.0, -1.0], [-1.5, float("nan")]])  # what lies behind the mask must never count
 REF = torch.tensor([[-0.5, -2.5], [-1.0, float("nan")]])
 MASK = torch.tensor([[1, 1], [1, 0]])
 ADVANTAGES = torch.tensor([2.0, -1.0])
-# min(ratio A, clipped A): token by token 2.4, 2.0 and min(-0.6065, -0.8) = -0.8; d = ref - logprob = 0, -1.5, 1
+# min(ratio A, clipped A) by token: 2.4, 2.0 and min(-0.6065, -0.8) = -0.8; d = ref - logprob = 0, -1.5, 1
 SURROGATE = [2.4, 2.0, -0.8]
 KL = {"k1": [0.0, 1.5, -1.0], "k2": [0.0, 1.125, 0.5], "k3": [0.0, math.exp(-1.5) + 0.5, math.e - 2]}
 
@@ -74,11 +76,12 @@ def test_loss(norm, kl):
     inputs = [t.clone() for t in (LOGPROB, OLD, REF, ADVANTAGES, MASK)]
     loss = grpo.grpo_loss(*inputs, beta=0.1, kl=kl, norm=norm, denom=10 if norm == "constant" else None)
     assert loss.item() == pytest.approx(by_hand[norm], abs=1e-5)
-    assert all(torch.equal(t, u) or t.isnan().any() for t, u in zip(inputs, (LOGPROB, OLD, REF, ADVANTAGES, MASK)))
+    originals = (LOGPROB, OLD, REF, ADVANTAGES, MASK)
+    assert all(torch.equal(t, u) or t.isnan().any() for t, u in zip(inputs, originals))
     others = [value for name, value in by_hand.items() if name != norm] + [-by_hand[norm], 0.0]
     assert all(abs(loss.item() - wrong) > 1e-2 for wrong in others)
-    reversed_kl = grpo.grpo_loss(LOGPROB, OLD, 2 * LOGPROB - REF, ADVANTAGES, MASK, beta=0.1, kl=kl, norm=norm,
-                                 denom=10 if norm == "constant" else None)
+    reversed_kl = grpo.grpo_loss(LOGPROB, OLD, 2 * LOGPROB - REF, ADVANTAGES, MASK, beta=0.1, kl=kl,
+                                 norm=norm, denom=10 if norm == "constant" else None)
     assert kl == "k2" or abs(loss.item() - reversed_kl.item()) > 1e-3  # k2 is symmetric in d
 
 
@@ -98,19 +101,24 @@ def per_sequence(loss, mask):
 
 def reward_maximised(logprob, old, ref, advantages, mask):
     ratio, A = (logprob - old).exp(), advantages[:, None]
-    return per_sequence(-torch.maximum(ratio * A, ratio.clamp(0.8, 1.2) * A) + 0.1 * grpo.kl_estimate(logprob, ref), mask)
+    surrogate = torch.maximum(ratio * A, ratio.clamp(0.8, 1.2) * A)
+    return per_sequence(-surrogate + 0.1 * grpo.kl_estimate(logprob, ref), mask)
 
 
 WRONG_LOSSES = {
     "sign": lambda *b: (lambda s, k, m: per_sequence(s + 0.1 * k, m))(*pieces(*b)),
     "KL as a reward": lambda *b: (lambda s, k, m: per_sequence(-s - 0.1 * k, m))(*pieces(*b)),
     "KL without mask": lambda *b: (lambda s, k, m: per_sequence(-s, m) + 0.1 * k.mean())(*pieces(*b)),
-    "KL of the batch's tokens": lambda *b: (lambda s, k, m: per_sequence(-s, m) + 0.1 * (k * m).sum() / m.sum())(*pieces(*b)),
-    "mask above the fraction line only": lambda *b: (lambda s, k, m: ((-s + 0.1 * k) * m).mean())(*pieces(*b)),
-    "mask below the fraction line only": lambda *b: (lambda s, k, m: ((-s + 0.1 * k).sum(1) / m.sum(1)).mean())(*pieces(*b)),
+    "KL of the batch's tokens": lambda *b: (
+        lambda s, k, m: per_sequence(-s, m) + 0.1 * (k * m).sum() / m.sum())(*pieces(*b)),
+    "mask above the fraction line only": lambda *b: (
+        lambda s, k, m: ((-s + 0.1 * k) * m).mean())(*pieces(*b)),
+    "mask below the fraction line only": lambda *b: (
+        lambda s, k, m: ((-s + 0.1 * k).sum(1) / m.sum(1)).mean())(*pieces(*b)),
     "no mask": lambda *b: (lambda s, k, m: (-s + 0.1 * k).mean())(*pieces(*b)),
     "max for min": reward_maximised,
-    "no clip": lambda l, o, r, a, m: per_sequence(-(l - o).exp() * a[:, None] + 0.1 * grpo.kl_estimate(l, r), m),
+    "no clip": lambda l, o, r, a, m: per_sequence(
+        -(l - o).exp() * a[:, None] + 0.1 * grpo.kl_estimate(l, r), m),
 }
 
 
@@ -120,18 +128,23 @@ def test_wrong_losses_are_rejected():
     right = lambda loss: abs(float(loss) - truth) < 1e-5
     assert right(grpo.grpo_loss(*rows(0, 1), beta=0.1))
     assert [name for name, wrong in WRONG_LOSSES.items() if right(wrong(*rows(0, 1)))] == []
-    for norm, denom in (("sequence", 3), ("token", 5), ("constant", 30)):  # rows 0, 0, 1 in micro-batches of two and one
+    # rows 0, 0, 1 in micro-batches of two and one
+    for norm, denom in (("sequence", 3), ("token", 5), ("constant", 30)):
         whole = grpo.grpo_loss(*rows(0, 0, 1), norm=norm, denom=denom)
-        parts = lambda denom: [grpo.grpo_loss(*rows(0, 0), norm=norm, denom=denom), grpo.grpo_loss(*rows(1), norm=norm, denom=denom)]
+        parts = lambda denom: [grpo.grpo_loss(*rows(0, 0), norm=norm, denom=denom),
+                               grpo.grpo_loss(*rows(1), norm=norm, denom=denom)]
         assert torch.allclose(sum(parts(denom)), whole)
         assert abs(sum(parts(None)) / 2 - whole) > 1e-2
 
 
 def test_entropy_bonus_and_importance_weights():
-    """Bugs: a bonus that lowers the entropy or counts masked tokens; the ratio upside down, without its cap, or on the KL too."""
+    """Bugs: a bonus that lowers the entropy or counts masked tokens; the ratio upside down, without its cap,
+    or on the KL too."""
     base, H = grpo.grpo_loss(*rows(0, 1), beta=0.1), torch.tensor([[1.0, 3.0], [5.0, float("nan")]])
-    assert torch.allclose(grpo.grpo_loss(*rows(0, 1), beta=0.1, entropy=H, entropy_bonus=0.01), base - 0.01 * (2 + 5) / 2)
-    weight = grpo.importance_weight(torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([-2.0, -2.0, -2.0]), cap=2.0)
+    assert torch.allclose(grpo.grpo_loss(*rows(0, 1), beta=0.1, entropy=H, entropy_bonus=0.01),
+                          base - 0.01 * (2 + 5) / 2)
+    weight = grpo.importance_weight(torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([-2.0, -2.0, -2.0]),
+                                    cap=2.0)
     assert torch.allclose(weight, torch.tensor([2.0, 1.0, math.exp(-1)]))  # e^1 is cut at 2
     weight = torch.tensor([[0.5, 1.0], [2.0, float("nan")]])
     by_hand = ((-0.5 * 2.4 - 2.0 + 0.1 * sum(KL["k3"][:2])) / 2 + 2 * 0.8 + 0.1 * KL["k3"][2]) / 2
@@ -145,11 +158,13 @@ def test_clip_high_and_first_update():
     logprob = LOGPROB.clone().requires_grad_()
     loss = grpo.grpo_loss(logprob, logprob.detach(), None, ADVANTAGES, MASK, beta=0)
     loss.backward()
-    assert loss.item() == pytest.approx(-(2 - 1) / 2) and torch.allclose(logprob.grad, torch.tensor([[-0.5, -0.5], [0.5, 0.0]]))
+    assert loss.item() == pytest.approx(-(2 - 1) / 2)
+    assert torch.allclose(logprob.grad, torch.tensor([[-0.5, -0.5], [0.5, 0.0]]))
 
 
 def test_kl_estimates():
-    """Bug: an estimator of KL(ref || pi): here k1, k2 and k3 are averaged exactly over tokens drawn from pi."""
+    """Bug: an estimator of KL(ref || pi): here k1, k2 and k3 are averaged exactly over tokens drawn from
+    pi."""
     pi, ref = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.6, 0.25, 0.15])
     truth, other = (pi * (pi / ref).log()).sum(), (ref * (ref / pi).log()).sum()
     for kind, tolerance in (("k1", 1e-6), ("k2", 2e-3), ("k3", 1e-6)):
@@ -167,16 +182,18 @@ def batch(tiny):
     problems = [p for p, _ in zip(data.generate(ops=(1, 2)), range(3))]
     prompts = [sample.encode_prompt(policy.tokenizer, p.question) for p in problems]
     groups = sample.generate(policy, prompts, n=4, max_new_tokens=20, seed=3)
-    groups[0][0].tokens, groups[0][0].logprobs = groups[0][0].tokens[:5], groups[0][0].logprobs[:5]  # unequal lengths
-    rollouts = [r for group in groups for r in group]
-    examples = [(p, r.tokens) for p, group in zip(prompts, groups) for r in group]
-    return examples, [r.logprobs for r in rollouts], torch.tensor([[1., 0, 0, 0], [0, 1, 0, 1], [0, 0, 0, 0]])
+    # unequal lengths
+    groups[0][0].tokens, groups[0][0].logprobs = groups[0][0].tokens[:5], groups[0][0].logprobs[:5]
+    return grpo.Rollouts(examples=[(p, r.tokens) for p, group in zip(prompts, groups) for r in group],
+                         logprobs=[r.logprobs for group in groups for r in group],
+                         rewards=torch.tensor([[1., 0, 0, 0], [0, 1, 0, 1], [0, 0, 0, 0]]))
 
 
 def arguments(**changes):
-    return type("Args", (), dict(no_std=False, micro_tokens=10**9, norm="sequence", max_new_tokens=20, epochs=1, temperature=1.0,
-                                 clip=0.2, clip_high=None, beta=0.1, kl="k3", max_grad_norm=1.0, drop_flat=False, max_kl=None,
-                                 entropy=0.0, tis=None, format_reward=0.0) | changes)
+    defaults = dict(no_std=False, micro_tokens=10**9, norm="sequence", max_new_tokens=20, epochs=1,
+                    temperature=1.0, clip=0.2, clip_high=None, beta=0.1, kl="k3", max_grad_norm=1.0,
+                    drop_flat=False, max_kl=None, entropy=0.0, tis=None, format_reward=0.0)
+    return SimpleNamespace(**(defaults | changes))
 
 
 class Recorder:
@@ -192,12 +209,14 @@ class Recorder:
 
 @pytest.mark.parametrize("norm", ["sequence", "token", "constant"])
 def test_gradient_does_not_depend_on_micro_batches(tiny, batch, norm):
-    """Bugs: a mean of micro-batch means, a forgotten short last group, advantages in another order than the rows."""
+    """Bugs: a mean of micro-batch means, a forgotten short last group, advantages in another order than the
+    rows."""
     reference, gradients = tiny(1).model, {}
     for micro_tokens in (1, 200, 500, 10**9):
         policy = tiny()
         recorder = Recorder(policy.model)
-        row = grpo.train_step(policy, reference, recorder, *batch, arguments(norm=norm, micro_tokens=micro_tokens))
+        row = grpo.train_step(policy, reference, recorder, batch,
+                              arguments(norm=norm, micro_tokens=micro_tokens))
         gradients[micro_tokens] = recorder.gradient
         assert row["drift_max"] < 1e-4 and row["clip_frac"] == 0 and row["kl"] > 0 and row["entropy"] > 0
     truth = gradients.pop(10**9)
@@ -207,17 +226,19 @@ def test_gradient_does_not_depend_on_micro_batches(tiny, batch, norm):
 def step_gradient(policy, batch, monkeypatch=None, size=None, **options):
     """(gradient, log row) of one train_step; size: rows in a micro-batch."""
     if size:
-        monkeypatch.setattr(sft, "micro_batches", lambda lengths, tokens: [list(range(i, min(i + size, len(lengths))))
-                                                                           for i in range(0, len(lengths), size)])
+        monkeypatch.setattr(grpo, "pack", lambda examples, tokens: [
+            list(range(i, min(i + size, len(examples)))) for i in range(0, len(examples), size)])
     recorder = Recorder(policy.model)
-    row = grpo.train_step(policy, policy.reference, recorder, *batch, arguments(**options))
+    row = grpo.train_step(policy, policy.reference, recorder, batch, arguments(**options))
     return recorder.gradient, row
 
 
 @pytest.mark.parametrize("options", [{}, {"norm": "token"}, {"norm": "constant"}, {"checkpointing": True},
-                                     {"drop_flat": True, "max_kl": 0.0115, "entropy": 0.01, "tis": 1.0, "norm": "token"}])
+                                     {"drop_flat": True, "max_kl": 0.0115, "entropy": 0.01, "tis": 1.0,
+                                      "norm": "token"}])
 def test_gradient_is_the_same_for_1_2_3_7_and_all_rows(tiny, batch, monkeypatch, options):
-    """Bugs: those above, for every option; a dropped rollout that still counts in one micro-batch's denominator."""
+    """Bugs: those above, for every option; a dropped rollout that still counts in one micro-batch's
+    denominator."""
     policy, options, gradients = tiny(), dict(options), {}
     policy.reference = tiny(1).model
     if options.pop("checkpointing", False):
@@ -226,36 +247,41 @@ def test_gradient_is_the_same_for_1_2_3_7_and_all_rows(tiny, batch, monkeypatch,
         gradients[size], row = step_gradient(policy, batch, monkeypatch, size, **options)
     truth = gradients.pop(12)
     assert 0 < row["dropped"] < 8 if "max_kl" in options else row["dropped"] == 0
-    assert truth.norm() > 0 and max(((g - truth).norm() / truth.norm()).item() for g in gradients.values()) < 1e-6
+    assert truth.norm() > 0
+    assert max(((g - truth).norm() / truth.norm()).item() for g in gradients.values()) < 1e-6
 
 
 def test_dropped_rollouts_leave_the_fraction_above_and_below_the_line(tiny, batch):
     """Bug: a dropped group that still counts in the denominator (rejected below), or whose KL still pulls."""
-    policy, (examples, sampled, rewards) = tiny(), batch
+    policy = tiny()
     policy.reference = tiny(1).model
     dropped, _ = step_gradient(policy, batch, drop_flat=True)
-    without, _ = step_gradient(policy, (examples[:8], sampled[:8], rewards[:2]))
+    without, _ = step_gradient(policy, grpo.Rollouts(batch.examples[:8], batch.logprobs[:8],
+                                                     batch.rewards[:2]))
     kept, _ = step_gradient(policy, batch)
     assert torch.allclose(dropped, without, rtol=1e-4, atol=1e-8)
-    assert (dropped - without * 8 / 12).norm() > 0.1 * dropped.norm() and (dropped - kept).norm() > 0.01 * dropped.norm()
+    assert (dropped - without * 8 / 12).norm() > 0.1 * dropped.norm()
+    assert (dropped - kept).norm() > 0.01 * dropped.norm()
     none, row = step_gradient_or_none(policy, batch, max_kl=1e-9)
     assert none is None and row["dropped"] == 12 and row["grad_norm"] == 0  # nothing left: no update at all
 
 
 def step_gradient_or_none(policy, batch, **options):
     recorder = Recorder(policy.model)
-    row = grpo.train_step(policy, policy.reference, recorder, *batch, arguments(**options))
+    row = grpo.train_step(policy, policy.reference, recorder, batch, arguments(**options))
     return getattr(recorder, "gradient", None), row
 
 
 def test_importance_weights_reach_the_gradient(tiny, batch):
     """Bugs: the sampler's log-probs of other rows; pi_sampler / pi_old; a weight that is differentiated."""
-    policy, (examples, sampled, rewards) = tiny(), batch
+    policy = tiny()
     policy.reference = None
     plain, _ = step_gradient(policy, batch, beta=0)
-    half = [[x - math.log(2) for x in row] for row in sampled]  # a sampler that gave every token half the trainer's probability
+    # a sampler that gave every token half the trainer's probability
+    half = [[x - math.log(2) for x in row] for row in batch.logprobs]
     for cap, factor in ((10, 2.0), (1.5, 1.5)):
-        weighted, _ = step_gradient(policy, (examples, half, rewards), beta=0, tis=cap)
+        weighted, _ = step_gradient(policy, grpo.Rollouts(batch.examples, half, batch.rewards), beta=0,
+                                    tis=cap)
         assert torch.allclose(weighted, factor * plain, rtol=1e-3, atol=1e-6)
 
 
@@ -270,13 +296,61 @@ def test_gradient_checkpointing_recomputes(tiny, batch):
     sft.checkpoint_layers(policy.model)
     again, row = step_gradient(policy, batch, beta=0)
     assert len(calls) == 3 * once and torch.equal(plain, again) and row["drift_max"] < 1e-4
-    assert not any(module.training for layer in policy.model.model.layers for module in layer.modules() if module is not layer)
+    assert not any(module.training for module in policy.model.modules())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", ["qwen2.5", "qwen3", "llama-3.2"])
+def test_a_prompt_computed_once_is_the_same_sum(family, checkpointing):
+    """Bugs: padding of a shorter prompt that is looked at, positions that start anew, keys without their gradient,
+    another row's prompt, keys noted twice under checkpointing. Three wrong versions are rejected."""
+    model, chance = hugging_face_model(family, 97).eval(), Random(1)
+    prompts = [[chance.randrange(97) for _ in range(length)] for length in (7, 1, 23, 12)]
+    examples = [(prompt, [chance.randrange(97) for _ in range(length)])
+                for prompt in prompts for length in (3, 9, 1)]
+    if checkpointing:
+        sft.checkpoint_layers(model)
+
+    def values(form, change=lambda batch: batch):
+        """Log-probs, and the gradient of a sum of them in which every token has a weight of its own."""
+        model.zero_grad()
+        batch = change(grpo.make_batch(examples, [[0.0] * len(r) for _, r in examples], torch.ones(12), "cpu"))
+        logprob, _ = sample.token_logprobs(form(model, batch), model.lm_head.weight, batch.targets)
+        (logprob * torch.linspace(0.5, 2, logprob.numel()).view(logprob.shape)).sum().backward()
+        return logprob.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    logprob, gradient = values(grpo.prompt_once)
+    truth, its_gradient = values(grpo.row_by_row)
+    assert (logprob - truth).abs().max() < 5e-6
+    assert (gradient - its_gradient).norm() < 2e-6 * its_gradient.norm()
+    for wrong in (lambda b: replace(b, lengths=b.lengths.clamp(min=22)),  # padding of the prompts is seen
+                  lambda b: replace(b, owner=b.owner.roll(1)),
+                  lambda b: replace(b, inputs=b.inputs.roll(1, dims=1))):
+        logprob, gradient = values(grpo.prompt_once, wrong)
+        assert (logprob - truth).abs().max() > 1e-3
+        assert (gradient - its_gradient).norm() > 1e-3 * its_gradient.norm()
+
+
+def test_packing():
+    """Bugs: a row lost or twice; a micro-batch above the bound; a prompt computed for each of its rows."""
+    chance = Random(3)
+    prompts = [[i] * chance.randrange(20, 60) for i in range(9)]
+    examples = [(prompt, [0] * chance.randrange(5, 80)) for prompt in prompts for _ in range(8)]
+    batches = grpo.pack(examples, 1000)
+    assert sorted(row for batch in batches for row in batch) == list(range(72))
+    for batch in batches:
+        some = [examples[row] for row in batch]
+        made = grpo.make_batch(some, [[0.0]] * len(some), torch.ones(len(some)), "cpu")
+        assert made.prompts.numel() + made.inputs.numel() <= 1000
+    computed = sum(len({tuple(examples[row][0]) for row in batch}) for batch in batches)
+    assert computed < 9 + len(batches) and grpo.pack(examples[:1], 10) == [[0]]
 
 
 def test_a_second_epoch_makes_the_clip_act(tiny, batch):
     """Bug: old log-probs taken after the update, so that the ratio is 1 for ever and the clip inert."""
     policy = tiny()
-    row = grpo.train_step(policy, None, sft.Optimizer(policy.model, lr=0.05), *batch, arguments(epochs=2, beta=0))
+    row = grpo.train_step(policy, None, sft.Optimizer(policy.model, lr=0.05), batch,
+                          arguments(epochs=2, beta=0))
     assert row["clip_frac"] > 0.05
 
 
@@ -285,15 +359,19 @@ def test_temperature_reaches_the_trainer(tiny):
     policy = tiny()
     prompts = [sample.encode_prompt(policy.tokenizer, "Compute.")]
     rollouts, = sample.generate(policy, prompts, n=4, max_new_tokens=8, temperature=0.5, seed=1)
-    parts = [(prompts[0], r.tokens) for r in rollouts], [r.logprobs for r in rollouts], torch.tensor([[1., 0, 0, 0]])
-    drift = [grpo.train_step(policy, None, Recorder(policy.model), *parts, arguments(beta=0, temperature=t))["drift_mean"] for t in (0.5, 1.0)]
+    four = grpo.Rollouts([(prompts[0], r.tokens) for r in rollouts], [r.logprobs for r in rollouts],
+                         torch.tensor([[1., 0, 0, 0]]))
+    drift = [grpo.train_step(policy, None, Recorder(policy.model), four,
+                             arguments(beta=0, temperature=t))["drift_mean"]
+             for t in (0.5, 1.0)]
     assert drift[0] < 1e-5 < 0.01 < drift[1]
 
 
-@pytest.mark.parametrize("options", [{}, {"std": False}, {"norm": "token"}, {"norm": "constant"}, {"kl": "k2"}, {"clip_high": 0.28}])
+@pytest.mark.parametrize("options", [{}, {"std": False}, {"norm": "token"}, {"norm": "constant"},
+                                     {"kl": "k2"}, {"clip_high": 0.28}])
 def test_two_armed_bandit(options):
-    """A policy of one token over two arms; arm 1 pays with 0.8, arm 0 with 0.2. Bug: a sign, or rewards that do not reach
-    their own rollouts: with rewards shuffled the policy must not find the arm."""
+    """A policy of one token over two arms; arm 1 pays with 0.8, arm 0 with 0.2. Bug: a sign, or rewards that
+    do not reach their own rollouts: with rewards shuffled the policy must not find the arm."""
     def final(shuffled):
         generator = torch.Generator().manual_seed(0)
         logits = torch.zeros(2, requires_grad=True)
@@ -306,8 +384,10 @@ def test_two_armed_bandit(options):
                 rewards = rewards.flatten()[torch.randperm(64, generator=generator)].view(8, 8)
             advantages = grpo.group_advantages(rewards, std=options.get("std", True)).flatten()
             logprob = logits.log_softmax(0)[arms.flatten()][:, None]
-            loss = grpo.grpo_loss(logprob, logprob.detach(), torch.full_like(logprob, math.log(0.5)), advantages, torch.ones_like(logprob),
-                                  **{k: v for k, v in options.items() if k != "std"})
+            others = {name: value for name, value in options.items() if name != "std"}
+            reference = torch.full_like(logprob, math.log(0.5))
+            loss = grpo.grpo_loss(logprob, logprob.detach(), reference, advantages, torch.ones_like(logprob),
+                                  **others)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -317,7 +397,10 @@ def test_two_armed_bandit(options):
 
 
 class Arms(torch.nn.Module):
-    """A language model of two words whose logits are its two weights, with the parts that the trainer asks for."""
+    """A language model of two words whose logits are its two weights, with the parts that the trainer asks
+    for."""
+    config = SimpleNamespace(model_type="two arms")  # it has no layers that could share a prompt
+
     def __init__(self):
         super().__init__()
         self.lm_head = torch.nn.Linear(1, 2, bias=False)
@@ -327,15 +410,19 @@ class Arms(torch.nn.Module):
         return SimpleNamespace(last_hidden_state=torch.ones(*input_ids.shape, 1))
 
 
-@pytest.mark.parametrize("options", [{}, {"no_std": True}, {"norm": "token"}, {"norm": "constant"}, {"kl": "k1"}, {"kl": "k2"}, {"beta": 0},
-                                     {"clip_high": 0.28}, {"epochs": 2}, {"drop_flat": True}, {"entropy": 0.01}, {"tis": 2.0}, {"max_kl": 1.0},
-                                     {"format_reward": 0.05}, {"clip_high": 0.28, "norm": "token", "drop_flat": True, "beta": 0}])
+@pytest.mark.parametrize("options", [
+    {}, {"no_std": True}, {"norm": "token"}, {"norm": "constant"}, {"kl": "k1"}, {"kl": "k2"}, {"beta": 0},
+    {"clip_high": 0.28}, {"epochs": 2}, {"drop_flat": True}, {"entropy": 0.01}, {"tis": 2.0}, {"max_kl": 1.0},
+    {"format_reward": 0.05}, {"clip_high": 0.28, "norm": "token", "drop_flat": True, "beta": 0}])
 def test_every_option_finds_the_better_arm(options):
-    """The bandit through train_step and AdamW. Bug: an option that breaks learning, or a policy that learns from shuffled rewards."""
+    """The bandit through train_step and AdamW. Bug: an option that breaks learning, or a policy that learns
+    from shuffled rewards."""
     def final(shuffled):
         generator, model, reference = torch.Generator().manual_seed(1), Arms(), Arms().requires_grad_(False)
-        policy = SimpleNamespace(model=model, device=torch.device("cpu"), tokenizer=SimpleNamespace(pad_token_id=0))
-        args, optimizer = arguments(**{"beta": 1e-3, "max_new_tokens": 1, **options}), sft.Optimizer(model, lr=0.03, weight_decay=0)
+        policy = SimpleNamespace(model=model, device=torch.device("cpu"),
+                                 tokenizer=SimpleNamespace(pad_token_id=0))
+        args = arguments(**{"beta": 1e-3, "max_new_tokens": 1, **options})
+        optimizer = sft.Optimizer(model, lr=0.03, weight_decay=0)
         for _ in range(150):
             logp = model.lm_head.weight.detach()[:, 0].log_softmax(0)
             arms = torch.multinomial(logp.exp(), 64, replacement=True, generator=generator).view(8, 8)
@@ -344,33 +431,40 @@ def test_every_option_finds_the_better_arm(options):
             if shuffled:
                 rewards = rewards.flatten()[torch.randperm(64, generator=generator)].view(8, 8)
             drawn = arms.flatten().tolist()
-            grpo.train_step(policy, reference if args.beta else None, optimizer, [([0], [a]) for a in drawn],
-                            [[logp[a].item()] for a in drawn], rewards, args)
+            rollouts = grpo.Rollouts([([0], [a]) for a in drawn], [[logp[a].item()] for a in drawn], rewards)
+            grpo.train_step(policy, reference if args.beta else None, optimizer, rollouts, args)
         return model.lm_head.weight[:, 0].softmax(0)[1].item()
     assert final(shuffled=False) > 0.9
     assert final(shuffled=True) < 0.9
 
 
 def test_format_reward_pays_for_what_can_be_read(tiny, monkeypatch):
-    """Bugs: paid for any text; accuracy and reward mixed up, so that a wrong answer in the right format counts as right."""
-    texts = ["</think>\n<answer>\nThe final answer is \\boxed{7}.\n</answer>", "</think>\n<answer>\n\\boxed{8}\n</answer>", "\\boxed{7}"]
-    monkeypatch.setattr(sample, "generate", lambda *_, **__: [[sample.Rollout([i], [0.0], "eos") for i in range(3)]])
+    """Bugs: paid for any text; accuracy and reward mixed up, so that a wrong answer in the right format
+    counts as right."""
+    texts = ["</think>\n<answer>\nThe final answer is \\boxed{7}.\n</answer>",
+             "</think>\n<answer>\n\\boxed{8}\n</answer>", "\\boxed{7}"]
+    group = [sample.Rollout([i], [0.0], "eos") for i in range(3)]
+    monkeypatch.setattr(sample, "generate", lambda *_, **__: [group])
     monkeypatch.setattr(sample, "decode", lambda _, tokens: texts[tokens[0]])
     problem = SimpleNamespace(question="q", answer=7)
-    _, _, rewards, right, _ = grpo.roll_out(tiny(), [problem], arguments(format_reward=0.05, seed=0), 1, 3)
-    assert torch.allclose(rewards, torch.tensor([[1.05, 0.05, 0.0]])) and right.tolist() == [[1, 0, 0]]
+    rollouts = grpo.roll_out(tiny(), [problem], arguments(format_reward=0.05, seed=0), 1, 3)
+    assert torch.allclose(rollouts.rewards, torch.tensor([[1.05, 0.05, 0.0]]))
+    assert rollouts.right.tolist() == [[1, 0, 0]]
 
 
 def test_filter_keeps_the_range(monkeypatch):
-    """Bugs: numbers counted within a chunk; bounds left out; a file sampled only in part, fresh problems without end."""
+    """Bugs: numbers counted within a chunk; bounds left out; a file sampled only in part, fresh problems
+    without end."""
     counts, asked = [0, 1, 8, 4, 7, 0, 8, 2, 1, 1], []
 
     def roll_out(policy, problems, args, step, n, limit):
         asked.extend(problems)
-        return None, None, None, torch.tensor([[1.0] * counts[p % 10] + [0.0] * (n - counts[p % 10]) for p in problems]), None
+        right = torch.tensor([[1.0] * counts[p % 10] + [0.0] * (n - counts[p % 10]) for p in problems])
+        return grpo.Rollouts(None, None, None, right)
     monkeypatch.setattr(grpo, "roll_out", roll_out)
     args = SimpleNamespace(filter=(1, 7), prompts=3, data="file")
-    assert grpo.select(None, iter(range(10)), args, None, wanted=2) == [1, 3, 4, 7, 8, 9] and asked == list(range(10))
+    assert grpo.select(None, iter(range(10)), args, None, wanted=2) == [1, 3, 4, 7, 8, 9]
+    assert asked == list(range(10))
     asked.clear()
     args.data = None
     assert grpo.select(None, iter(range(10**9)), args, None, wanted=3)[:3] == [1, 3, 4] and len(asked) == 6
@@ -380,13 +474,15 @@ def test_filter_keeps_the_range(monkeypatch):
 
 
 # --------------------------------------------------------------------------------------------------- the run
-SMALL = ["--prompts", 2, "--n", 2, "--max-new-tokens", 12, "--ops", 1, 1, "--eval-every", 4, "--eval-n", 3, "--patience", 99]
+SMALL = ["--prompts", 2, "--n", 2, "--max-new-tokens", 12, "--ops", 1, 1, "--eval-every", 4, "--eval-n", 3,
+         "--patience", 99]
 TIMES = ("tokens_per_s", "s_sample", "s_score", "s_train")
 
 
 def outcome(folder, name):
     weights = torch.load(folder / f"{name}.pt", weights_only=True)["weights"]
-    rows = [{k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(open(folder / f"{name}.csv"))]
+    rows = [{k: v for k, v in row.items() if k not in TIMES}
+            for row in csv.DictReader(open(folder / f"{name}.csv"))]
     return weights, rows
 
 
@@ -407,16 +503,19 @@ import data, grpo
 sys.argv = sys.argv[1:]
 data.run_cli(grpo.main)
 """
-LEARNING = ["--steps", 12, "--entropy", 0.05, "--lr", 1e-3, *SMALL]  # a random policy is never right: the entropy bonus moves it
+# a random policy is never right: the entropy bonus moves it
+LEARNING = ["--steps", 12, "--entropy", 0.05, "--lr", 1e-3, *SMALL]
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, tiny_file):
     """12 steps in one go: weights and rows at the end, and the optimizer after step 11."""
     folder = tmp_path_factory.mktemp("whole")
-    keep = ("import sys; sys.path.insert(0, sys.argv[1]); import sft, grpo, data; sft.Run.finish = lambda run: None; "
+    keep = ("import sys; sys.path.insert(0, sys.argv[1]); import sft, grpo, data; "
+            "sft.Run.finish = lambda run: None; "
             "sys.argv = sys.argv[1:]; data.run_cli(grpo.main)")
-    command = [sys.executable, "-c", keep, ROOT, "--ckpt", tiny_file, *LEARNING, "--save-every", 11, "--out", "run.pt"]
+    command = [sys.executable, "-c", keep, ROOT, "--ckpt", tiny_file, *LEARNING, "--save-every", 11, "--out",
+               "run.pt"]
     subprocess.run([str(c) for c in command], cwd=folder, check=True, capture_output=True)
     return *outcome(folder, "run"), torch.load(folder / "run.state.pt", weights_only=True)["optimizer"]
 
@@ -431,11 +530,12 @@ def equal(a, b):
 
 @pytest.mark.parametrize("trial", range(24 if FULL else 3))
 def test_resume_after_a_kill_is_bit_for_bit(trial, whole, script, tmp_path, tiny_file, monkeypatch):
-    """Bugs: resume without the optimizer's state, with a replayed or skipped problem, with doubled CSV rows; half a file where a
-    save was interrupted; draws that depend on torch's generator."""
+    """Bugs: resume without the optimizer's state, with a replayed or skipped problem, with doubled CSV rows;
+    half a file where a save was interrupted; draws that depend on torch's generator."""
     rng, base = Random(trial), ["--ckpt", tiny_file, *LEARNING, "--out", "run.pt"]
     command = [sys.executable, "-c", SLOW_SAVES, ROOT, *base, "--save-every", 1]
-    run = subprocess.Popen([str(c) for c in command], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    run = subprocess.Popen([str(c) for c in command], cwd=tmp_path, stdout=subprocess.DEVNULL,
+                           stderr=subprocess.DEVNULL)
     saves, moment, during_save = set(), rng.randint(2, 10), trial % 3 == 0
     while len(saves) < moment and run.poll() is None:  # each save has a temporary name of its own
         saves |= {path.name for path in tmp_path.glob("run.state.pt*.tmp")}
@@ -461,10 +561,13 @@ def test_resume_after_a_kill_is_bit_for_bit(trial, whole, script, tmp_path, tiny
     assert not list(tmp_path.glob("*.tmp"))
 
 
-@pytest.mark.parametrize("chapter, start", [("grpo", ["--ckpt"]), ("sft", ["--n", 40, "--batch", 4, "--ops", 1, 1, "--model"])])
+@pytest.mark.parametrize("chapter, start", [("grpo", ["--ckpt"]),
+                                            ("sft", ["--n", 40, "--batch", 4, "--ops", 1, 1, "--model"])])
 def test_ctrl_c_saves_and_resume_goes_on(chapter, start, script, tmp_path, tiny_file, monkeypatch):
-    """Bugs: Ctrl-C that throws away up to --save-every steps, or saves in the middle of one; an SFT run that cannot be resumed."""
-    base = [f"{chapter}.py", *start, tiny_file, *(["--steps", 10, "--entropy", 0.05, *SMALL] if chapter == "grpo" else [])]
+    """Bugs: Ctrl-C that throws away up to --save-every steps, or saves in the middle of one; an SFT run that
+    cannot be resumed."""
+    more = ["--steps", 10, "--entropy", 0.05, *SMALL] if chapter == "grpo" else []
+    base = [f"{chapter}.py", *start, tiny_file, *more]
     assert script(*base, "--out", "whole.pt").returncode == 0
     row = sft.Log.row
 
@@ -475,26 +578,30 @@ def test_ctrl_c_saves_and_resume_goes_on(chapter, start, script, tmp_path, tiny_
     with monkeypatch.context() as patch:
         patch.setattr(sft.Log, "row", interrupted)
         stopped = script(*base, "--out", "run.pt")
-    assert stopped.returncode == 130 and "after step 5 of 10, saved in run.state.pt" in stopped.stderr and "--resume" in stopped.stderr
+    assert stopped.returncode == 130 and "after step 5 of 10, saved in run.state.pt" in stopped.stderr
+    assert "--resume" in stopped.stderr
     before = (tmp_path / "run.state.pt").read_bytes()
     refused = script(*base, "--out", "run.pt")
     assert refused.returncode == 2 and "--resume" in refused.stderr
     other = tmp_path / "other.pt"
     sample.save_policy(other, sft.tiny_policy(width=32, layers=2, heads=2, seed=9))
-    for changed, words in ((["--lr", "0.5"], "--lr"), (["--seed", "7"], "--seed"), (["--ops", "1", "2"], "--ops"),
-                           (["--micro-tokens", "99"], "--micro-tokens"), ([start[-1], str(other)], "checksum")):
+    for changed, words in ((["--lr", "0.5"], "--lr"), (["--seed", "7"], "--seed"),
+                           (["--ops", "1", "2"], "--ops"), (["--micro-tokens", "99"], "--micro-tokens"),
+                           ([start[-1], str(other)], "checksum")):
         refused = script(*base, "--out", "run.pt", "--resume", *changed)
-        assert refused.returncode == 2 and f"begun with" in refused.stderr and words in refused.stderr, refused.stderr
+        assert refused.returncode == 2, refused.stderr
+        assert "begun with" in refused.stderr and words in refused.stderr, refused.stderr
     assert (tmp_path / "run.state.pt").read_bytes() == before
     assert script(*base, "--out", "run.pt", "--resume", "--save-every", 3).returncode == 0
-    assert equal(outcome(tmp_path, "whole"), outcome(tmp_path, "run")) and not (tmp_path / "run.state.pt").exists()
+    assert equal(outcome(tmp_path, "whole"), outcome(tmp_path, "run"))
+    assert not (tmp_path / "run.state.pt").exists()
 
 
-def test_a_second_ctrl_c_stops_at_once(tmp_path):
+def test_a_second_ctrl_c_stops_at_once():
     """Bug: a long step that nobody can leave."""
-    with sft.Run(str(tmp_path / "a.pt"), resume=False) as run:
+    with sft.CtrlC() as ctrl_c:
         os.kill(os.getpid(), signal.SIGINT)
-        assert run.stop
+        assert ctrl_c.asked
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)
@@ -508,75 +615,91 @@ def test_steps_may_be_raised_where_they_shape_nothing(script, tmp_path, tiny_fil
         monkeypatch.setattr(sft.Run, "finish", lambda run: None)
         assert script(*base, "--steps", 2, "--lr-decay", decay, "--out", f"{decay}.pt").returncode == 0
         longer = script(*base, "--steps", 4, "--lr-decay", decay, "--out", f"{decay}.pt", "--resume")
-        assert longer.returncode == (2 if decay else 0) and ("--steps 2, not 4" in longer.stderr) == bool(decay)
+        assert longer.returncode == (2 if decay else 0)
+        assert ("--steps 2, not 4" in longer.stderr) == bool(decay)
     assert equal(outcome(tmp_path, "whole")[0], outcome(tmp_path, "0")[0])
 
 
 def test_a_run_without_signal_stops_and_says_why(script, tiny_file):
     """Bug: hours of steps in which every rollout is wrong and nothing can be learned."""
     result = script("grpo.py", "--ckpt", tiny_file, "--steps", 50, *SMALL[:-1], 3)
-    assert result.returncode == 2 and "no mixed group in 3 steps" in result.stderr and "--ops" in result.stderr
+    assert result.returncode == 2 and "no mixed group in 3 steps" in result.stderr
+    assert "--ops" in result.stderr
     assert "were cut at --max-new-tokens 12" in result.stderr + result.stdout
 
 
-@pytest.mark.parametrize("row, words", [({"loss": float("nan")}, "not a finite number"), ({"grad_norm": float("inf")}, "not a finite number"),
-                                        ({"drift_mean": 0.5}, "disagree"), ({"grad_norm": 0.0}, "gradient is 0")])
+@pytest.mark.parametrize("row, words", [
+    ({"loss": float("nan")}, "not a finite number"),
+    ({"grad_norm": float("inf")}, "not a finite number"),
+    ({"drift_mean": 0.5}, "disagree"),
+    ({"grad_norm": 0.0}, "gradient is 0")])
 def test_guard_rails(row, words):
-    """Bugs: training on after a NaN, after sampler and trainer have parted, or with a gradient that never arrives."""
-    healthy = dict(step=3, loss=0.0, grad_norm=0.1, drift_mean=1e-6, cut_rate=0.0, mixed=0.5)
-    assert grpo.watch(healthy, arguments(), None, None, False) is True
+    """Bugs: training on after a NaN, after sampler and trainer have parted, or with a gradient that never
+    arrives."""
+    healthy = dict(step=3, loss=0.0, grad_norm=0.1, drift_mean=1e-6, cut_rate=0.0, mixed=0.5, dropped=0)
+    assert grpo.watch(healthy, arguments(), [None], False) is True
     with pytest.raises(data.InputError, match=words):
-        grpo.watch(healthy | row, arguments(), None, None, False)
+        grpo.watch(healthy | row, arguments(), [None], False)
 
 
 def test_a_stop_for_numbers_leaves_the_last_good_state(script, tmp_path, tiny_file, monkeypatch):
     """Bug: a NaN that is saved over the state that could have been resumed from."""
-    calls, logprobs = [], sft.response_logprobs
+    calls, logprobs = [], grpo.Batch.logprobs
 
-    def broken(model, *arguments):
+    def broken(batch, *arguments):
         calls.append(1)
-        values, entropy = logprobs(model, *arguments)
-        return (values * float("nan") if len(calls) == 6 else values), entropy  # the reference and the policy, step 3
-    monkeypatch.setattr(sft, "response_logprobs", broken)
-    result = script("grpo.py", "--ckpt", tiny_file, "--steps", 9, *SMALL, "--save-every", 1, "--entropy", 0.01)
-    assert result.returncode == 2 and "step 3" in result.stderr and "not a finite number" in result.stderr and "--lr" in result.stderr
+        values, entropy = logprobs(batch, *arguments)
+        # the reference and the policy, step 3
+        return (values * float("nan") if len(calls) == 6 else values), entropy
+    monkeypatch.setattr(grpo.Batch, "logprobs", broken)
+    base = ["grpo.py", "--ckpt", tiny_file, "--steps", 9, *SMALL, "--entropy", 0.01]
+    result = script(*base, "--save-every", 1)
+    assert result.returncode == 2 and "step 3" in result.stderr and "not a finite number" in result.stderr
+    assert "--lr" in result.stderr
     state = torch.load(tmp_path / "grpo.state.pt", weights_only=True)
-    assert state["step"] == 2 and all(w.isfinite().all() for w in state["optimizer"]["master"]) and not (tmp_path / "grpo.pt").exists()
-    assert script("grpo.py", "--ckpt", tiny_file, "--steps", 9, *SMALL, "--entropy", 0.01, "--resume").returncode == 0
+    assert state["step"] == 2 and all(w.isfinite().all() for w in state["optimizer"]["master"])
+    assert not (tmp_path / "grpo.pt").exists()
+    assert script(*base, "--resume").returncode == 0
 
 
 def test_a_run_that_is_always_right_stops_as_well(tiny):
     """Bug: the same advice for problems that are too hard and too easy; no rollout to look at."""
     tokens = tiny().tokenizer("The number of").input_ids
-    words = grpo.stuck(dict(all_wrong=0.0, all_right=1.0), SimpleNamespace(patience=3), tiny(), [([1], tokens)])
+    row = dict(all_wrong=0.0, all_right=1.0)
+    words = grpo.stuck(row, SimpleNamespace(patience=3), tiny(), [([1], tokens)])
     assert "too easy" in words and "--ops" in words and "'The number of'" in words
 
 
 def test_drift_stays_small_through_whole_runs(script, tmp_path, tiny_file):
-    """Bugs: a sampler with stale weights, another temperature or another order of rounding: it would show within some steps."""
-    assert script("grpo.py", "--ckpt", tiny_file, "--steps", 8, *SMALL, "--entropy", 0.05, "--lr", 3e-3).returncode == 0
+    """Bugs: a sampler with stale weights, another temperature or another order of rounding: it would show
+    within some steps."""
+    command = ["grpo.py", "--ckpt", tiny_file, "--steps", 8, *SMALL, "--entropy", 0.05, "--lr", 3e-3]
+    assert script(*command).returncode == 0
     ours = csv.DictReader(open(tmp_path / "grpo.csv"))
     default = csv.DictReader(open(ROOT / "results" / "tiny" / "grpo.csv"))  # the README's run: 220 steps
     assert max(float(row["drift_mean"]) for row in [*ours, *default]) <= 1e-4
     policy = sample.load_policy(sample.TINY_BASE, device="cpu", dtype=torch.bfloat16)
-    problems, optimizer = [p for p, _ in zip(data.generate(ops=(2, 2), max_value=100), range(3))], sft.Optimizer(policy.model, lr=1e-3)
+    problems = [p for p, _ in zip(data.generate(ops=(2, 2), max_value=100), range(3))]
+    optimizer = sft.Optimizer(policy.model, lr=1e-3)
     for step in range(1, 4):
-        examples, sampled, rewards, *_ = grpo.roll_out(policy, problems, arguments(seed=0, max_new_tokens=60), step, 4)
-        row = grpo.train_step(policy, None, optimizer, examples, sampled, rewards, arguments(beta=0, entropy=0.01))
+        rollouts = grpo.roll_out(policy, problems, arguments(seed=0, max_new_tokens=60), step, 4)
+        row = grpo.train_step(policy, None, optimizer, rollouts, arguments(beta=0, entropy=0.01))
         assert 1e-5 < row["drift_mean"] <= 0.02
 
 
 def hugging_face_model(family, vocabulary):
-    """A random model of the family's own shape - biases, norms, head sizes, rotary scaling - a thousand times smaller."""
-    shape = dict(vocab_size=vocabulary, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                 num_key_value_heads=2, max_position_embeddings=1024, bos_token_id=None, eos_token_id=1, pad_token_id=0)
+    """A random model of the family's own shape - biases, norms, head sizes, rotary scaling - a thousand times
+    smaller."""
+    shape = dict(vocab_size=vocabulary, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                 num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024,
+                 bos_token_id=None, eos_token_id=1, pad_token_id=0)
     torch.manual_seed(0)
     if family == "qwen2.5":
         return Qwen2ForCausalLM(Qwen2Config(**shape, tie_word_embeddings=True))
     if family == "qwen3":
         return Qwen3ForCausalLM(Qwen3Config(**shape, head_dim=16, tie_word_embeddings=False))
-    rope = dict(rope_type="llama3", rope_theta=500000.0, factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0,
-                original_max_position_embeddings=256)
+    rope = dict(rope_type="llama3", rope_theta=500000.0, factor=32.0, low_freq_factor=1.0,
+                high_freq_factor=4.0, original_max_position_embeddings=256)
     return LlamaForCausalLM(LlamaConfig(**shape, head_dim=8, rope_parameters=rope, tie_word_embeddings=True))
 
 
@@ -589,12 +712,13 @@ def test_hugging_face_folders_in_and_out(script, tmp_path, family):
     assert len(list((tmp_path / "base").glob("*.safetensors"))) > 1
     small = ["--n", 8, "--batch", 4, "--epochs", 1, "--ops", 1, 1, "--lr", 1e-2]
     for command in (["sft.py", "--model", "base", *small, "--export", "sft"],
-                    ["grpo.py", "--ckpt", "sft", "--steps", 2, *SMALL, "--entropy", 0.05, "--lr", 1e-2, "--gradient-checkpointing",
-                     "--export", "rl"]):
+                    ["grpo.py", "--ckpt", "sft", "--steps", 2, *SMALL, "--entropy", 0.05, "--lr", 1e-2,
+                     "--gradient-checkpointing", "--export", "rl"]):
         result = script(*command)
         assert result.returncode == 0, result.stderr
     ids = torch.arange(2, 60)[None]
-    logits = {name: AutoModelForCausalLM.from_pretrained(tmp_path / name)(ids).logits for name in ("base", "sft", "rl")}
+    logits = {name: AutoModelForCausalLM.from_pretrained(tmp_path / name)(ids).logits
+              for name in ("base", "sft", "rl")}
     for name, file in (("sft", "sft.pt"), ("rl", "grpo.pt")):
         assert torch.equal(logits[name], sample.load_policy(tmp_path / file, device="cpu").model(ids).logits)
     assert (logits["base"] - logits["sft"]).abs().max() > 1e-3 < (logits["sft"] - logits["rl"]).abs().max()
@@ -605,22 +729,24 @@ import gc, resource, sys
 sys.path.insert(0, sys.argv[1])
 import torch, grpo, sample, sft
 from types import SimpleNamespace
-args = SimpleNamespace(no_std=False, micro_tokens=1024, norm="sequence", max_new_tokens=240, epochs=1, temperature=1.0, clip=0.2, clip_high=None,
-                       beta=0.1, kl="k3", max_grad_norm=1.0, drop_flat=False, max_kl=None, entropy=0.0, tis=None)
+args = SimpleNamespace(no_std=False, micro_tokens=1024, norm="sequence", max_new_tokens=240, epochs=1,
+                       temperature=1.0, clip=0.2, clip_high=None, beta=0.1, kl="k3", max_grad_norm=1.0,
+                       drop_flat=False, max_kl=None, entropy=0.0, tis=None)
 prompt = list(range(5, 21))
-examples = [(prompt, [7] * 240)] * 4
+rollouts = grpo.Rollouts([(prompt, [7] * 240)] * 4, [[-1.0] * 240] * 4, torch.tensor([[1.0, 0, 0, 0]]))
 
 def steps(width, layers, checkpointing):
     args.gradient_checkpointing = checkpointing
     policy = sft.tiny_policy(width, layers, heads=8, seed=0)
-    reference, optimizer = sft.tiny_policy(width, layers, heads=8, seed=0).model.requires_grad_(False), sft.Optimizer(policy.model, 1e-3)
+    reference = sft.tiny_policy(width, layers, heads=8, seed=0).model.requires_grad_(False)
+    optimizer = sft.Optimizer(policy.model, 1e-3)
     policy.model.eval()
     if checkpointing:
         sft.checkpoint_layers(policy.model)
     predicted = grpo.memory(policy, args, len(prompt), rows=4)
     sample.generate(policy, [prompt], 4, max_new_tokens=240, max_batch=4)
     for _ in range(2):
-        grpo.train_step(policy, reference, optimizer, examples, [[-1.0] * 240] * 4, torch.tensor([[1.0, 0, 0, 0]]), args)
+        grpo.train_step(policy, reference, optimizer, rollouts, args)
     return sum(predicted.values())
 
 steps(16, 1, True)  # libraries load and threads start
@@ -635,43 +761,54 @@ for checkpointing in (True, False):  # the smaller peak first
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs /proc")
 def test_predicted_memory_is_what_a_step_takes():
-    """Bugs: a part that is forgotten (the reference, AdamW, activations) or counted twice. What is measured is what is alive:
-    the two variables tell glibc's allocator to give freed blocks back, of which it would else keep up to half as much again."""
+    """Bugs: a part that is forgotten (the reference, AdamW, activations) or counted twice. What is measured
+    is what is alive: the two variables tell glibc's allocator to give freed blocks back, of which it would
+    else keep up to half as much again."""
     result = subprocess.run([sys.executable, "-c", MEASURE, ROOT], capture_output=True, text=True, check=True,
-                            env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000", "MALLOC_TRIM_THRESHOLD_": "1000000"})
+                            env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000",
+                                              "MALLOC_TRIM_THRESHOLD_": "1000000"})
     for line in result.stdout.splitlines():
         predicted, measured = map(int, line.split())
         assert 1 / 1.2 < predicted / measured < 1.2, result.stdout
 
 
 PAPERS = {
-    "Qwen2.5-1.5B": (Qwen2Config, Qwen2ForCausalLM, dict(vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
-                                                         num_attention_heads=12, num_key_value_heads=2)),
-    "Qwen2.5-3B": (Qwen2Config, Qwen2ForCausalLM, dict(vocab_size=151936, hidden_size=2048, intermediate_size=11008, num_hidden_layers=36,
-                                                       num_attention_heads=16, num_key_value_heads=2)),
-    "Llama-3.2-1B": (LlamaConfig, LlamaForCausalLM, dict(vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
-                                                         num_attention_heads=32, num_key_value_heads=8, head_dim=64))}
+    "Qwen2.5-1.5B": (Qwen2Config, Qwen2ForCausalLM,
+                     dict(vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
+                          num_attention_heads=12, num_key_value_heads=2)),
+    "Qwen2.5-3B": (Qwen2Config, Qwen2ForCausalLM,
+                   dict(vocab_size=151936, hidden_size=2048, intermediate_size=11008, num_hidden_layers=36,
+                        num_attention_heads=16, num_key_value_heads=2)),
+    "Llama-3.2-1B": (LlamaConfig, LlamaForCausalLM,
+                     dict(vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
+                          num_attention_heads=32, num_key_value_heads=8, head_dim=64))}
 
 
 @pytest.mark.parametrize("name", PAPERS)
 def test_the_readmes_memory_table(name):
-    """Bug: numbers in the README that the code no longer predicts: SFT and GRPO without and with --gradient-checkpointing, a rollout."""
+    """Bug: numbers in the README that the code no longer predicts: SFT and GRPO without and with
+    --gradient-checkpointing, a rollout."""
     config, kind, shape = PAPERS[name]
     with torch.device("meta"):
         model = kind(config(**shape, tie_word_embeddings=True)).to(torch.bfloat16)
-    assert f"{sum(p.numel() for p in model.parameters()) / 1e9:.1f}" == {"Qwen2.5-1.5B": "1.5", "Qwen2.5-3B": "3.1", "Llama-3.2-1B": "1.2"}[name]
+    billions = {"Qwen2.5-1.5B": "1.5", "Qwen2.5-3B": "3.1", "Llama-3.2-1B": "1.2"}[name]
+    assert f"{sum(p.numel() for p in model.parameters()) / 1e9:.1f}" == billions
     cells = [sum(sft.predict_memory(model, 4096, reference=grpo, checkpointing=checkpointing).values()) / 1e9
              for grpo in (False, True) for checkpointing in (False, True)]
     rollout = sft.predict_memory(model, 4096, sampler=(1, 512 + 2560))["sampler"] / 1e6
-    row = next(line for line in (ROOT / "README.md").read_text().split("\n") if line.startswith(f"| {name} |"))
-    assert [cell.strip() for cell in row.split("|")[2:7]] == [*(f"{cell:.0f} GB" for cell in cells), f"{rollout:.0f} MB"]
+    row = next(line for line in (ROOT / "README.md").read_text().split("\n")
+               if line.startswith(f"| {name} |"))
+    predicted = [*(f"{cell:.0f} GB" for cell in cells), f"{rollout:.0f} MB"]
+    assert [cell.strip() for cell in row.split("|")[2:7]] == predicted
 
 
 def test_the_start_line_names_the_flag_to_lower():
     """Bugs: no warning where it does not fit; advice that cannot help."""
     parts = {"weights": 3e9, "activations": 20e9, "sampler": 5e9, "reference": 0}
-    assert "warning" not in sft.describe_memory(parts, 30e9) and "warning" not in sft.describe_memory(parts, None)
-    assert "--micro-tokens" in sft.describe_memory(parts, 20e9) and "only 20.00 GB" in sft.describe_memory(parts, 20e9)
+    assert "warning" not in sft.describe_memory(parts, 30e9)
+    assert "warning" not in sft.describe_memory(parts, None)
+    assert "--micro-tokens" in sft.describe_memory(parts, 20e9)
+    assert "only 20.00 GB" in sft.describe_memory(parts, 20e9)
     assert "--max-new-tokens" in sft.describe_memory(parts | {"activations": 1e9}, 8e9)
     assert "smaller model" in sft.describe_memory(parts, 2e9)
 
@@ -691,71 +828,100 @@ def test_every_flag_reaches_the_code(chapter, monkeypatch):
     drawn = text["data"][text["data"].index("def problem_options"):]
     for action in seen.value.args[0]._actions:
         if action.dest != "help":
-            assert re.search(rf"\bargs\.{action.dest}\b", text[chapter]) or f'"{action.dest}"' in drawn[:900], action.dest
+            read = re.search(rf"\bargs\.{action.dest}\b", text[chapter])
+            assert read or f'"{action.dest}"' in drawn[:900], action.dest
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--data", "p.jsonl", "--ops", "3", "4"], ["--ops", "--data"]), (["--data", "p.jsonl", "--task", "promptbench"], ["--task", "--data"]),
-    (["--ops", "3", "4", "--task", "promptbench"], ["--ops", "promptbench"]), (["--depth", "5"], ["--depth", "igsm"]),
-    (["--filter", "5", "3"], ["--filter 5 3"]), (["--filter", "1", "9"], ["--filter 1 9", "8"]), (["--beta", "0", "--kl", "k1"], ["--kl", "--beta 0"]),
-    (["--beta", "0", "--max-kl", "0.15"], ["--max-kl", "--beta 0"]), (["--beta", "-1"], ["--beta"]), (["--clip", "0"], ["--clip"]),
-    (["--clip", "1.5"], ["--clip 1.5"]), (["--clip-high", "-0.1"], ["--clip-high"]), (["--tis", "0.5"], ["--tis 0.5"]), (["--lr", "nan"], ["--lr nan"]),
-    (["--lr-decay", "2"], ["--lr-decay 2"]), (["--entropy", "-1"], ["--entropy"]), (["--format-reward", "inf"], ["--format-reward"]),
-    (["--eval-n", "0"], ["--eval-n 0", "--eval-every"]), (["--export", "p.jsonl"], ["--export p.jsonl"]), (["--seed", "-1"], ["--seed"]),
-    (["--max-grad-norm", "0"], ["--max-grad-norm"]), (["--filter", "1", "7", "--data", "p.jsonl"], ["--filter 1 7", "none of 12"])])
+    (["--data", "p.jsonl", "--ops", "3", "4"], ["--ops", "--data"]),
+    (["--data", "p.jsonl", "--task", "promptbench"], ["--task", "--data"]),
+    (["--ops", "3", "4", "--task", "promptbench"], ["--ops", "promptbench"]),
+    (["--depth", "5"], ["--depth", "igsm"]),
+    (["--filter", "5", "3"], ["--filter 5 3"]),
+    (["--filter", "1", "9"], ["--filter 1 9", "8"]),
+    (["--beta", "0", "--kl", "k1"], ["--kl", "--beta 0"]),
+    (["--beta", "0", "--max-kl", "0.15"], ["--max-kl", "--beta 0"]),
+    (["--beta", "-1"], ["--beta"]),
+    (["--clip", "0"], ["--clip"]),
+    (["--clip", "1.5"], ["--clip: 1.5"]),
+    (["--clip-high", "-0.1"], ["--clip-high"]),
+    (["--tis", "0.5"], ["--tis: 0.5"]),
+    (["--lr", "nan"], ["--lr: nan"]),
+    (["--lr-decay", "2"], ["--lr-decay: 2"]),
+    (["--entropy", "-1"], ["--entropy"]),
+    (["--format-reward", "inf"], ["--format-reward"]),
+    (["--eval-n", "0"], ["--eval-n 0", "--eval-every"]),
+    (["--export", "p.jsonl"], ["--export p.jsonl"]),
+    (["--seed", "-1"], ["--seed"]),
+    (["--max-grad-norm", "0"], ["--max-grad-norm"]),
+    (["--filter", "1", "7", "--data", "p.jsonl"], ["--filter 1 7", "none of 12"])])
 def test_contradictions_are_refused(script, tmp_path, tiny_file, flags, words):
     """Bug: a flag that another one silently switches off, or a value that fails hours later."""
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"question": f"What is 1 + {i}?", "answer": 1 + i}) + "\n" for i in range(12)))
-    result = script("grpo.py", "--ckpt", tiny_file, *(["--n", 2, "--max-new-tokens", 4, "--eval-every", 0] if "--data" in flags else []), *flags)
+    lines = [json.dumps({"question": f"What is 1 + {i}?", "answer": 1 + i}) for i in range(12)]
+    (tmp_path / "p.jsonl").write_text("\n".join(lines))
+    few = ["--n", 2, "--max-new-tokens", 4, "--eval-every", 0] if "--data" in flags else []
+    result = script("grpo.py", "--ckpt", tiny_file, *few, *flags)
     check_refusal(result, words)
 
 
 def check_refusal(result, words):
     last = result.stderr.strip().split("\n")[-1]
-    assert result.returncode == 2 and "Traceback" not in result.stderr and all(word in last for word in words), result.stderr
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+    assert all(word in last for word in words), result.stderr
 
 
 def test_a_run_never_starts_from_the_file_it_writes(script, tmp_path, tiny_file):
-    """Bug: --out names the checkpoint: it would be renamed, and a resumed run would no longer find its reference."""
+    """Bug: --out names the checkpoint: it would be renamed, and a resumed run would no longer find its
+    reference."""
     for name, flag in (("grpo.py", "--ckpt"), ("sft.py", "--model")):
         check_refusal(script(name, flag, tiny_file, "--out", tiny_file), ["--out", "starts from"])
     assert tiny_file.exists()
 
 
 def test_filter_then_train_then_resume(script, tmp_path, tiny_file, monkeypatch):
-    """Bugs: problems outside the range in the batches; a resumed run that samples its filter again, from a policy that has moved on."""
+    """Bugs: problems outside the range in the batches; a resumed run that samples its filter again, from a
+    policy that has moved on."""
     lines = [json.dumps({"question": f"What is 1 + {i}?", "answer": 1 + i}) for i in range(12)]
     (tmp_path / "p.jsonl").write_text("\n".join(lines))
     seen, roll_out = [], grpo.roll_out
 
     def spy(policy, problems, args, step, n, limit=None):
-        examples, sampled, rewards, right, stops = roll_out(policy, problems, args, step, n, limit)
+        rollouts = roll_out(policy, problems, args, step, n, limit)
         if n == grpo.FILTER_N:  # every second problem is neither too easy nor too hard
-            right = torch.tensor([[float(p.answer % 2 == 0 and i < 4) for i in range(n)] for p in problems])
+            rollouts.right = torch.tensor([[float(p.answer % 2 == 0 and i < 4) for i in range(n)]
+                                           for p in problems])
         seen.append((n, [p.answer for p in problems]))
-        return examples, sampled, rewards, right, stops
+        return rollouts
     monkeypatch.setattr(grpo, "roll_out", spy)
-    base = ["grpo.py", "--ckpt", tiny_file, "--data", "p.jsonl", "--filter", 1, 7, "--steps", 4, "--prompts", 2, "--n", 2, "--max-new-tokens", 6,
-            "--eval-every", 0, "--entropy", 0.05]
+    base = ["grpo.py", "--ckpt", tiny_file, "--data", "p.jsonl", "--filter", 1, 7, "--steps", 4,
+            "--prompts", 2, "--n", 2, "--max-new-tokens", 6, "--eval-every", 0, "--entropy", 0.05]
     result = script(*base)
     assert result.returncode == 0 and "kept 6 of 12 problems after 96 rollouts" in result.stdout
     assert [answers for n, answers in seen if n == 2] == [[2, 4], [6, 8], [10, 12], [2, 4]]
     seen.clear()
     row = sft.Log.row
     with monkeypatch.context() as patch:
-        patch.setattr(sft.Log, "row", lambda log, **values: (row(log, **values), os.kill(os.getpid(), signal.SIGINT)))
+        patch.setattr(sft.Log, "row",
+                      lambda log, **values: (row(log, **values), os.kill(os.getpid(), signal.SIGINT)))
         assert script(*base, "--out", "run.pt").returncode == 130
     assert script(*base, "--out", "run.pt", "--resume").returncode == 0
-    assert [n for n, _ in seen] == [8] * 6 + [2] * 4 and equal(outcome(tmp_path, "grpo"), outcome(tmp_path, "run"))
+    assert [n for n, _ in seen] == [8] * 6 + [2] * 4
+    assert equal(outcome(tmp_path, "grpo"), outcome(tmp_path, "run"))
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--ckpt", "nowhere.pt"], ["nowhere.pt"]), (["--ops", "9", "3"], ["--ops 9 3"]), (["--n", "1"], ["--n 1"]), (["--steps", "0"], ["--steps"]),
-    (["--data", "nowhere.jsonl"], ["nowhere.jsonl"]), (["--max-new-tokens", "3000"], ["--max-new-tokens", "2048"]),
-    (["--out", "grpo"], ["--out"]), (["--prompt", "3"], ["--prompt"])])
+    (["--ckpt", "nowhere.pt"], ["nowhere.pt"]),
+    (["--ops", "9", "3"], ["--ops 9 3"]),
+    (["--n", "1"], ["--n: 1"]),
+    (["--steps", "0"], ["--steps"]),
+    (["--data", "nowhere.jsonl"], ["nowhere.jsonl"]),
+    (["--max-new-tokens", "3000"], ["--max-new-tokens", "2048"]),
+    (["--out", "grpo"], ["--out"]),
+    (["--prompt", "3"], ["--prompt"])])
 def test_bad_input_is_one_sentence(script, tmp_path, tiny_file, flags, words):
     """Bug: a traceback, or a run that fails at its last step for what was known at its first."""
     result = script("grpo.py", *(() if "--ckpt" in flags else ("--ckpt", tiny_file)), *flags)
     last = result.stderr.strip().split("\n")[-1]
-    assert result.returncode == 2 and "Traceback" not in result.stderr and all(word in last for word in words), result.stderr
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+    assert all(word in last for word in words), result.stderr
     assert not (tmp_path / "grpo.pt").exists()

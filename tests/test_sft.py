@@ -11,12 +11,14 @@ import data, inject, sample, sft
 
 def draw_examples(policy, n, seed=0):
     stream = data.generate(ops=(1, 4), seed=seed, max_value=100)
-    return [(sample.encode_prompt(policy.tokenizer, p.question), sample.encode_response(policy.tokenizer, p.response))
+    return [(sample.encode_prompt(policy.tokenizer, p.question),
+             sample.encode_response(policy.tokenizer, p.response))
             for p, _ in zip(stream, range(n))]
 
 
 def test_targets_are_the_answer_and_one_end(tiny):
-    """Bugs: training on the prompt; an off-by-one between inputs and targets; the end token masked because pad == end."""
+    """Bugs: training on the prompt; an off-by-one between inputs and targets; the end token masked because
+    pad == end."""
     policy = tiny()
     examples, end = draw_examples(policy, 5), policy.tokenizer.eos_token_id
     inputs, targets = sft.collate(examples, "cpu", pad=end)  # the hostile case: the pad is the end token
@@ -24,7 +26,8 @@ def test_targets_are_the_answer_and_one_end(tiny):
         kept = targets[row] != sample.IGNORE
         assert targets[row][kept].tolist() == response and response.count(end) == 1 and response[-1] == end
         first = kept.nonzero()[0].item()
-        assert inputs[row, :first + 1].tolist() == prompt  # the first target is predicted from the whole prompt
+        # the first target is predicted from the whole prompt
+        assert inputs[row, :first + 1].tolist() == prompt
         assert inputs[row][kept].tolist() == [prompt[-1], *response[:-1]]
 
 
@@ -41,17 +44,20 @@ def relative(a, b):
 
 
 def test_gradient_is_that_of_cross_entropy_for_every_micro_batch(tiny):
-    """Bugs: a mean of micro-batch means (rejected below), a forgotten short last group, the prompt in the loss."""
+    """Bugs: a mean of micro-batch means (rejected below), a forgotten short last group, the prompt in the
+    loss."""
     policy = tiny()
     batch = draw_examples(policy, 7)
     inputs, targets = sft.collate(batch, "cpu", 0)
     policy.model.zero_grad()
-    F.cross_entropy(policy.model(input_ids=inputs).logits.flatten(0, 1), targets.flatten(), ignore_index=sample.IGNORE).backward()
+    F.cross_entropy(policy.model(input_ids=inputs).logits.flatten(0, 1), targets.flatten(),
+                    ignore_index=sample.IGNORE).backward()
     truth = torch.cat([p.grad.flatten() for p in policy.model.parameters()])
     for size in (1, 2, 3, 7):
         groups = [list(range(7))[i:i + size] for i in range(0, 7, size)]
         assert relative(gradients(policy, batch, groups), truth) < 2e-6
-        assert relative(gradients(policy, batch, groups, lambda *inputs: sft.response_logprobs(*inputs)[0].sum()), truth) < 2e-6
+        by_token = lambda *inputs: sft.response_logprobs(*inputs)[0].sum()
+        assert relative(gradients(policy, batch, groups, by_token), truth) < 2e-6
     policy.model.zero_grad()
     for row in range(7):  # the wrong version: each micro-batch divided by its own tokens
         logprob, _ = sft.response_logprobs(policy.model, *sft.collate([batch[row]], "cpu", 0))
@@ -62,13 +68,15 @@ def test_gradient_is_that_of_cross_entropy_for_every_micro_batch(tiny):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradient_is_the_same_for_1_2_3_7_and_all_rows(tiny, checkpointing):
-    """Bug: a sum over micro-batches that is not the batch's gradient to the last digits, with layers computed twice as well."""
+    """Bug: a sum over micro-batches that is not the batch's gradient to the last digits, with layers computed
+    twice as well."""
     policy = tiny()
     batch, rows = draw_examples(policy, 11), list(range(11))
     truth = gradients(policy, batch, [rows])
     if checkpointing:
         sft.checkpoint_layers(policy.model)
-    assert all(relative(gradients(policy, batch, [rows[i:i + n] for i in range(0, 11, n)]), truth) < 1e-6 for n in (1, 2, 3, 7, 11))
+    assert all(relative(gradients(policy, batch, [rows[i:i + n] for i in range(0, 11, n)]), truth) < 1e-6
+               for n in (1, 2, 3, 7, 11))
 
 
 def test_micro_batches_cover_every_row_once_within_the_bound():
@@ -81,19 +89,22 @@ def test_micro_batches_cover_every_row_once_within_the_bound():
 
 
 def test_bf16_weights_keep_small_updates():
-    """Bug: AdamW on bf16 weights rounds every update of relative size 1e-3 away, and the model never moves."""
+    """Bug: AdamW on bf16 weights rounds every update of relative size 1e-3 away, and the model never
+    moves."""
     model = torch.nn.Linear(4, 4, bias=False).to(torch.bfloat16)
     with torch.no_grad():
         model.weight.fill_(1.0)
     plain = torch.nn.Parameter(model.weight.detach().clone())
-    ours, theirs = sft.Optimizer(model, lr=1e-3, weight_decay=0), torch.optim.AdamW([plain], lr=1e-3, weight_decay=0)
+    ours = sft.Optimizer(model, lr=1e-3, weight_decay=0)
+    theirs = torch.optim.AdamW([plain], lr=1e-3, weight_decay=0)
     for _ in range(20):
         model.weight.sum().backward()
         ours.step()
         plain.grad = torch.ones_like(plain)
         theirs.step()
     assert (plain == 1).all()  # the wrong version stands still
-    assert ours.master[0].dtype == torch.float32 and torch.allclose(ours.master[0], torch.full((4, 4), 0.98), atol=1e-3)
+    assert ours.master[0].dtype == torch.float32
+    assert torch.allclose(ours.master[0], torch.full((4, 4), 0.98), atol=1e-3)
     assert torch.equal(model.weight, ours.master[0].to(torch.bfloat16)) and (model.weight < 1).all()
 
 
@@ -107,7 +118,8 @@ def test_gradients_of_bf16_micro_batches_are_summed_in_fp32():
 
 
 def test_tokenizer_gives_every_text_back():
-    """Bugs: a phrase that swallows the space before a name (", each" once fell into letters); text that cannot be encoded."""
+    """Bugs: a phrase that swallows the space before a name (", each" once fell into letters); text that
+    cannot be encoded."""
     tokenizer = sft.tiny_tokenizer()
     texts = ["Let's solve aaf, aaf = aab + aae = 81 + 0 = 81", "naïve 日本 \t x"]
     lengths = []
@@ -116,7 +128,8 @@ def test_tokenizer_gives_every_text_back():
         texts += [question, response]
         lengths += [len(tokenizer(text).input_ids) / len(text.split()) for text in (question, response)]
     assert all(tokenizer.decode(tokenizer(text).input_ids) == text for text in texts)
-    assert sum(lengths) / len(lengths) < 1.3  # names and phrases are single tokens: fewer tokens than two for three words
+    # names and phrases are single tokens: fewer tokens than two for three words
+    assert sum(lengths) / len(lengths) < 1.3
 
 
 def test_vocabulary_order_is_fixed():
@@ -127,12 +140,15 @@ def test_vocabulary_order_is_fixed():
 
 @pytest.mark.parametrize("method", ["bridge", "vanilla"])
 def test_fine_tuning_learns_and_writes(script, tmp_path, tiny_file, method):
-    """Bugs: a loop that trains nothing; a second run that overwrites the first; a log that is not one row a step."""
-    run = lambda: script("sft.py", "--model", tiny_file, "--method", method, "--n", 60, "--epochs", 6, "--ops", 1, 2, "--lr", 3e-3)
+    """Bugs: a loop that trains nothing; a second run that overwrites the first; a log that is not one row a
+    step."""
+    run = lambda: script("sft.py", "--model", tiny_file, "--method", method, "--n", 60, "--epochs", 6,
+                         "--ops", 1, 2, "--lr", 3e-3)
     first = run()
     assert first.returncode == 0, first.stderr
     rows = list(csv.DictReader(open(tmp_path / "sft.csv")))
-    assert [int(row["step"]) for row in rows] == list(range(1, 13)) and float(rows[-1]["loss"]) < 0.9 * float(rows[0]["loss"])
+    assert [int(row["step"]) for row in rows] == list(range(1, 13))
+    assert float(rows[-1]["loss"]) < 0.9 * float(rows[0]["loss"])
     before = (tmp_path / "sft.pt").read_bytes()
     assert run().returncode == 0
     assert (tmp_path / "sft.1.pt").read_bytes() == before and (tmp_path / "sft.1.csv").exists()
@@ -151,7 +167,8 @@ def test_a_stop_for_numbers_leaves_the_last_good_state(script, tmp_path, tiny_fi
     result = script(*base)
     assert result.returncode == 2 and "step 3" in result.stderr and "--lr" in result.stderr
     state = torch.load(tmp_path / "sft.state.pt", weights_only=True)
-    assert state["step"] == 2 and all(w.isfinite().all() for w in state["optimizer"]["master"]) and not (tmp_path / "sft.pt").exists()
+    assert state["step"] == 2 and all(w.isfinite().all() for w in state["optimizer"]["master"])
+    assert not (tmp_path / "sft.pt").exists()
     assert script(*base, "--resume").returncode == 0
 
 
@@ -164,7 +181,7 @@ def test_a_stop_for_numbers_leaves_the_last_good_state(script, tmp_path, tiny_fi
     (["--batch", "0"], ["--batch"]),
     (["--p", "1.5"], ["--p"]),
     (["--out", "nowhere/sft.pt"], ["--out"]),
-    (["--lr", "inf"], ["--lr inf"]),
+    (["--lr", "inf"], ["--lr: inf"]),
     (["--data", "silent.jsonl", "--ops", "1", "2"], ["--ops", "--data"]),
     (["--data", "silent.jsonl", "--method", "vanilla"], ["--method", "--data"]),
     (["--method", "vanilla", "--p", "0.5"], ["--p", "vanilla"]),
@@ -179,5 +196,6 @@ def test_bad_input_is_one_sentence(script, tmp_path, tiny_file, arguments, words
     (tmp_path / "silent.jsonl").write_text('{"question": "q", "answer": 1}\n')
     result = script("sft.py", *(() if "--model" in arguments else ("--model", tiny_file)), *arguments)
     last = result.stderr.strip().split("\n")[-1]
-    assert result.returncode == 2 and "Traceback" not in result.stderr and all(word in last for word in words), result.stderr
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+    assert all(word in last for word in words), result.stderr
     assert not (tmp_path / "sft.pt").exists()
