@@ -59,7 +59,7 @@ def ours(policy, prompts, n, lengths, temperature=1.0):
 
     def timed_run(self, rows, temperature):
         tokens, logprobs = run(self, rows, temperature)
-        ends = [row and length_of[row.key] - len(row.rollout.tokens) - 1 for row in rows]
+        ends = [length_of[row.key] - len(row.rollout.tokens) - 1 for row in rows]
         return [[eos if step == end else token if token != eos else 0 for token, end in zip(new, ends)]
                 for step, new in enumerate(tokens)], logprobs
 

@@ -244,9 +244,7 @@ class Wrong(torch.autograd.Function):
     def forward(ctx, logits, targets, temperature, fault):
         scale = 1 / temperature
         x = F.pad(logits, (0, 24)) if fault == "tail not masked" else logits
-        stats = torch.empty(len(x), 4)
-        sample.rows_forward(x, targets, stats, scale)
-        logprob, entropy, m, log_d = stats.unbind(1)
+        logprob, entropy, m, log_d = sample.rows_forward(x, targets, scale).unbind(1)
         if fault == "x - (m + log d)":
             lse = m + log_d
             logprob = ((logits.float() * scale).gather(1, targets.clamp(min=0)[:, None])[:, 0] - lse).masked_fill(targets < 0, 0)
@@ -262,8 +260,7 @@ class Wrong(torch.autograd.Function):
             g_logprob, g_entropy = g_logprob[:1].expand_as(g_logprob), g_entropy[:1].expand_as(g_entropy)
         if ctx.fault == "entropy's gradient dropped":
             g_entropy = torch.zeros_like(g_entropy)
-        out = torch.empty_like(logits)
-        sample.rows_backward(logits, targets, stats, g_logprob, g_entropy, out, ctx.scale)
+        out = sample.rows_backward(logits, targets, stats, g_logprob, g_entropy, ctx.scale)
         if ctx.fault == "temperature forgotten in the backward":
             out /= ctx.scale
         return out, None, None, None
@@ -307,23 +304,10 @@ def test_bf16_accumulation_is_rejected():
 @needs_triton
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreted run")
 def test_triton_kernels_interpreted():
-    """Runs the tests above with the Triton kernels on CPU tensors, and the sampler's kernel against its twin."""
-    run = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", "triton or drawn"], capture_output=True, text=True,
+    """Runs the tests above with the Triton kernels on CPU tensors."""
+    run = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", "triton"], capture_output=True, text=True,
                          env={**os.environ, "TRITON_INTERPRET": "1"})
     assert run.returncode == 0, run.stdout[-3000:]
-
-
-@pytest.mark.skipif(not INTERPRETED, reason="runs inside test_triton_kernels_interpreted")
-@pytest.mark.parametrize("V", [3, 1000, 5000])
-@pytest.mark.parametrize("temperature", [0, 0.7, 1.0])
-def test_drawn_tokens_equal_the_twin(V, temperature):
-    """Catches a hash that differs between CPU and GPU: the same seed must draw the same tokens."""
-    logits, _, _, _ = inputs(12, V)
-    key, position = sample.row_keys(3, 12, 1)[:, 0], torch.arange(12) * 7
-    expected = sample.draw(logits, key, position, temperature)
-    token, logprob = sample.draw_triton(logits, key, position, temperature)
-    assert torch.equal(token, expected[0])
-    torch.testing.assert_close(logprob, expected[1], atol=1e-5, rtol=1e-5)
 
 
 def compile_report(kernel, signature, constants, warps, capability):
@@ -354,8 +338,7 @@ def test_kernels_compile_without_spilling(capability, capsys):
         for x in ("*bf16", "*fp32"):
             cases = {
                 "forward": (sample._forward_kernel, [x, i, f, "i64", "i32", "fp32"], {"BLOCK": block}),
-                "backward": (sample._backward_kernel, [x, i, f, f, f, x, "i64", "i64", "i32", "fp32"], {"BLOCK": block}),
-                "draw": (sample._draw_kernel, [x, "*i32", i, i, f, "i64", "i32", "fp32"], {"GREEDY": False, "BLOCK": block})}
+                "backward": (sample._backward_kernel, [x, i, f, f, f, x, "i64", "i64", "i32", "fp32"], {"BLOCK": block})}
             for name, (kernel, types, constants) in cases.items():
                 signature = dict(zip(kernel.arg_names, types + ["constexpr"] * len(constants)))
                 registers, stack, shared = compile_report(kernel, signature, constants, warps, capability)

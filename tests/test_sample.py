@@ -1,6 +1,7 @@
 """The sampler, the prompt and the checkpoint (sample.py), on small random models of the three families."""
 import copy
 import functools
+import math
 import os
 import string
 import subprocess
@@ -76,6 +77,15 @@ def is_greedy(model, prompt, tokens):
     return bool((logits.gather(1, torch.tensor(tokens)[:, None])[:, 0] >= logits.amax(1) - 1e-5).all())
 
 
+def is_near_tie(model, prompt, a, b):
+    """Whether two responses part at tokens that touch on the line which is walked: less than 1e-5 lies between them, so
+    that rounding decides. Two unrelated tokens of this vocabulary touch once in 100 times."""
+    at = next(i for i, (x, y) in enumerate(zip(a, b)) if x != y)
+    ends = torch.softmax(full_logits(model, prompt, a[:at + 1])[-1].double(), -1).cumsum(-1)
+    first, second = sorted((a[at], b[at]))
+    return bool(ends[second - 1] - ends[first] < 1e-5)
+
+
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
 def test_greedy_is_exact(family):
     """Catches a wrong mask, position, cache slot or refill: batched = alone = Hugging Face, rows refilled and compacted."""
@@ -102,7 +112,7 @@ def test_the_steps_of_a_gpu(family):
     starts as noise, and the last call has shorter prompts. (Capture itself needs a GPU.)"""
     policy, reference = (sample.Policy(make_model(family), make_tokenizer(tags=False), torch.device("cpu")) for _ in range(2))
     sample.generate(policy, ragged_prompts(1), 1, 33, max_batch=16)
-    assert policy.engine.length % 16 == 0                    # a row that ends at its limit runs on to a look of the host
+    assert policy.engine.capacity[1] % 16 == 0                    # a row that ends at its limit runs on to a look of the host
     engine = policy.engine = sample.Decoder(policy.model, 16, 64, 9, 128)
     engine.sync = 16
     engine.out_token, engine.out_logprob = torch.zeros(16, 16, dtype=torch.int64), torch.zeros(16, 16)
@@ -113,8 +123,12 @@ def test_the_steps_of_a_gpu(family):
         groups = (sample.generate(p, prompts, n, 40, temperature, max_batch=16) for p in (policy, reference))
         for prompt, ours, theirs in zip(prompts, *groups):
             for a, b in zip(ours, theirs):
-                assert (a.tokens, a.stop) == (b.tokens, b.stop) or temperature == 0 and is_greedy(policy.model, prompt, a.tokens)
-                torch.testing.assert_close(torch.tensor(a.logprobs), torch.tensor(b.logprobs), atol=1e-4, rtol=0)
+                if (a.tokens, a.stop) == (b.tokens, b.stop):
+                    torch.testing.assert_close(torch.tensor(a.logprobs), torch.tensor(b.logprobs), atol=1e-4, rtol=0)
+                elif temperature == 0:
+                    assert is_greedy(policy.model, prompt, a.tokens)
+                else:
+                    assert is_near_tie(policy.model, prompt, a.tokens, b.tokens)
     assert policy.engine is engine
 
 
@@ -165,10 +179,10 @@ def chi_square(counts, probabilities):
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.3])
-def test_draws_follow_the_distribution(temperature):
+def test_draws_follow_the_distribution(temperature, monkeypatch):
     """Catches biased noise: 200,000 draws over 40 tokens. 39 degrees of freedom: chi-square > 84 has odds of 4e-5.
 
-    Temperature forgotten, and noise without the second log, are kept as wrong versions that the same test rejects.
+    Temperature forgotten, and a line too coarse for rare tokens, are kept as wrong versions that the same test rejects.
     """
     logits = torch.linspace(-2, 3, 40)
     p = torch.softmax(logits / temperature, -1)
@@ -178,6 +192,10 @@ def test_draws_follow_the_distribution(temperature):
     assert chi_square(counts, p.double()) < 84
     torch.testing.assert_close(logprob, p.log()[token])
     assert chi_square(counts, torch.softmax(logits, -1).double()) > 1000
+    with monkeypatch.context() as patch:
+        patch.setattr(sample, "LINE", 2 ** 7)
+        coarse, _ = sample.draw(logits.expand(len(key), -1), key, torch.full((len(key),), 17), temperature)
+    assert chi_square(torch.bincount(coarse, minlength=40).double(), p.double()) > 300
     # along positions of one row and along samples of one prompt the draws are as independent as across prompts
     token, _ = sample.draw(logits.expand(200_000, -1), key[:1].expand(200_000), torch.arange(200_000), temperature)
     assert chi_square(torch.bincount(token, minlength=40).double(), p.double()) < 84
@@ -187,17 +205,33 @@ def test_draws_follow_the_distribution(temperature):
     assert chi_square(pairs, joint) < 30
 
 
+def test_the_ends_of_the_line(monkeypatch):
+    """Catches a draw of a token of probability 0, which would have log-prob -inf, and one beyond the vocabulary: at the first
+    and the last point of the line, and with a sum of probabilities that rounding has left below 1."""
+    logits = torch.randn(1, 5000)
+    logits[:, :7] = logits[:, -9:] = -math.inf
+    for hashed, expected in ((0, 7), (0xFFFFFFFF, 4990)):
+        monkeypatch.setattr(sample, "hash_of", lambda key, number: torch.full((2, 1), hashed))
+        token, logprob = sample.draw(logits, torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), 1.0)
+        assert token.item() == expected and logprob.isfinite().all()
+
+
 def test_schedule_changes_no_draw(monkeypatch):
     """Catches noise taken from a stream: the batch limit, refill, the size of a prefill and the order of finishing must not move
     a single token."""
     policy, prompts = policy_of("qwen2"), ragged_prompts(9)
     def tokens(**options):
         return [[r.tokens for r in group] for group in sample.generate(policy, prompts, 4, 16, **{"seed": 11, **options})]
+
+    def same_draws(**options):
+        """Equal but for rounding: one near-tie in some 600 draws is excused."""
+        pairs = [(p, a, b) for p, x, y in zip(prompts, tokens(**options), reference) for a, b in zip(x, y) if a != b]
+        return len(pairs) <= 1 and all(is_near_tie(policy.model, *pair) for pair in pairs)
+
     reference = tokens()
-    assert tokens(max_batch=1) == tokens(max_batch=7) == tokens(max_batch=36) == reference
+    assert all(same_draws(max_batch=limit) for limit in (1, 7, 36))
     monkeypatch.setattr(sample, "PREFILL_TOKENS", 64)
-    assert tokens(max_batch=7) == tokens() == reference
-    assert tokens(seed=12) != reference
+    assert same_draws(max_batch=7) and same_draws() and not same_draws(seed=12)
     assert all(len({tuple(t) for t in group}) == 4 for group in reference)              # rows of one group differ
     assert len({tuple(t) for group in tokens(seed=2 ** 40 + 11) for t in group} & {tuple(t) for g in reference for t in g}) < 3
 
@@ -210,13 +244,14 @@ class Script(torch.nn.Module):
         super().__init__()
         self.scripts = scripts
 
-    def bind(self, model): pass
+    def use(self, model): pass
     def prefill(self, prompts, slots): pass
     def move_prompt(self, source, target): pass
     def move_row(self, source, target): pass
 
     def run(self, rows, temperature):
-        steps = [[self.scripts[row.group.prompt[0]][len(row.rollout.tokens) + s:][:1] or [9] if row else [9] for row in rows] for s in range(self.sync)]
+        steps = [[self.scripts[row.group.prompt[0]][len(row.rollout.tokens) + s:][:1] or [9] for row in rows]
+                 for s in range(self.sync)]
         return [[t for t, in step] for step in steps], [[-0.5] * len(rows) for _ in steps]
 
 
