@@ -609,7 +609,6 @@ class PromptBench:
 
 
 TASKS = {"igsm": IGSM(), "promptbench": PromptBench()}
-REFLECTION, ANALYSIS = IGSM.reflection, IGSM.analysis
 
 
 # ------------------------------------------------------------------------ 6. Writing a problem and its answer

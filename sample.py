@@ -122,10 +122,6 @@ def save_policy(path, policy, info=None, dtype=None):
                       "chat_template": tokenizer.chat_template},
         "info": json.loads(json.dumps(info if info is not None else policy.info, default=str)),
     }
-    write_atomically(path, content)
-
-
-def write_atomically(path, content):
     with data.replacing(path, "wb") as file:
         torch.save(content, file)
 
@@ -133,11 +129,12 @@ def write_atomically(path, content):
 def _read_checkpoint(path, dtype):
     """model, tokenizer, info from one of our .pt files. With weights_only, loading can never run code."""
     if not os.path.isfile(path):
-        raise InputError(f"{path}: no such file; make it first (sft.py writes sft.pt, grpo.py writes grpo.pt) "
+        raise InputError(f"{path}: no such file; make it first (sft.py writes sft.pt, grpo.py grpo.pt) "
                          "or name another")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile):
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError,
+            zipfile.BadZipFile):
         raise InputError(f"{path}: truncated, or not a PyTorch file; write it again") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise InputError(f"{path}: a PyTorch file, but not a policy of this project; "
@@ -155,12 +152,13 @@ def _read_checkpoint(path, dtype):
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, **parts["special"])
         tokenizer.chat_template = parts["chat_template"]
         model.generation_config.eos_token_id = content["eos_ids"]
-    except Exception as error:      # whatever a damaged dict makes Hugging Face raise, the user reads one sentence
+    except Exception as error:  # whatever a damaged dict makes Hugging Face raise
         reason = str(error).splitlines()[0]
         raise InputError(f"{path}: its contents do not make a model ({reason}); write it again") from None
     state = model.state_dict()
     loaded = {tensor.data_ptr() for name, tensor in state.items() if name in content["weights"]}
-    missing = [name for name in result.missing_keys if state[name].data_ptr() not in loaded]  # a tied head is not
+    # a tied head is not missing
+    missing = [name for name in result.missing_keys if state[name].data_ptr() not in loaded]
     if missing or result.unexpected_keys:
         first = (missing + result.unexpected_keys)[0]
         raise InputError(f"{path}: weights do not fit the config (first: {first}); write it again")
@@ -185,7 +183,8 @@ def default_checkpoint(name=None):
         return str(name)
     if os.path.isfile("sft.pt"):
         return "sft.pt"
-    print(f"no sft.pt here: using the tiny base model {TINY_BASE} (python sft.py fine-tunes it)", file=sys.stderr)
+    print(f"no sft.pt here: using the tiny base model {TINY_BASE} (python sft.py fine-tunes it)",
+          file=sys.stderr)
     return str(TINY_BASE)
 
 
@@ -195,7 +194,8 @@ def describe(policy):
     millions = sum(p.numel() for p in policy.model.parameters()) / 1e6
     reason = why_not_ours(policy.model)
     step = f"Hugging Face's forward, slow ({reason})" if reason else "our decode step"
-    return (f"policy: {millions:.1f}M parameters, {policy.device.type}, {str(first.dtype).removeprefix('torch.')}; "
+    dtype = str(first.dtype).removeprefix("torch.")
+    return (f"policy: {millions:.1f}M parameters, {policy.device.type}, {dtype}; "
             f"log-prob kernel: {_pick_backend('auto', first)}; sampler: {step}")
 
 
@@ -212,7 +212,7 @@ def encode_prompt(tokenizer, question):
     if tokenizer.chat_template:
         messages = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": question}]
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        if text.rstrip().endswith("<think>"):                # templates of "thinking" models write it themselves
+        if text.rstrip().endswith("<think>"):  # templates of "thinking" models write it themselves
             text = text.rstrip().removesuffix("<think>")
         bos = []                                             # the template writes its own where it wants one
     else:
@@ -315,7 +315,7 @@ def draw(logits, key, position, temperature):
         high, low = hash_of(key, 2 * position + half[:, None]) >> 10   # (B,) each, 22 bits
         whole = ends[:, -1]                                  # below 2^41: no product here passes 2^63
         point = (high * whole + (low * whole >> 22)) >> 22   # the share high / 2^22 + low / 2^44 of the line
-        token = torch.searchsorted(ends, point[:, None], right=True)[:, 0]       # the first that ends beyond it
+        token = torch.searchsorted(ends, point[:, None], right=True)[:, 0]  # the first that ends beyond it
         token = token.clamp(max=logits.shape[-1] - 1)        # (only where the logits are NaN)
     return token, p.gather(-1, token[:, None])[:, 0].log()
 
@@ -342,6 +342,12 @@ def rms_norm(x, norm):
 def rotate(x, cos, sin):
     """Rotary position embedding. x (N, heads, D); the table `sin` holds the sign that rotate-half needs."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)   # x cos + rolled x sin
+
+
+def causal_attention(q, k, v):
+    """One sequence. q (heads, T, D), k and v (kv_heads, T, D) -> (heads, T, D)."""
+    batch = q[None], k[None], v[None]
+    return F.scaled_dot_product_attention(*batch, is_causal=True, enable_gqa=True)[0]
 
 
 def product(q, keys):
@@ -377,7 +383,8 @@ def attention(q, own, shared, bias, prompt, seat, seats):
     scores = torch.cat((prompt_scores, own_scores), -1)
     weights = torch.add(bias, scores, alpha=D ** -0.5).softmax(-1).to(q.dtype)
     out = by_row(torch.bmm(beside_prompt(weights[..., :T_prompt]), prompt_values))
-    out = torch.baddbmm(out.flatten(0, 1), weights[..., T_prompt:].flatten(0, 1), values)  # out + weights @ values
+    # out + weights @ values
+    out = torch.baddbmm(out.flatten(0, 1), weights[..., T_prompt:].flatten(0, 1), values)
     return out.view(B, -1, D)
 
 
@@ -407,15 +414,17 @@ class Decoder:
         shape, options = (config.num_hidden_layers, 2), dict(dtype=weight.dtype, device=self.device)
         self.kv = torch.zeros(*shape, rows, heads, length, self.dim, **options)
         self.prompt_kv = torch.zeros(*shape, prompts, heads, prompt_length, self.dim, **options)
-        self.prompt_length = torch.zeros(prompts, dtype=torch.int64, device=self.device)   # cached tokens of each
+        self.prompt_length = torch.zeros(prompts, dtype=torch.int64, device=self.device)  # cached tokens
         self.range = torch.arange(max(rows, prompt_length + length), device=self.device)
-        angle = self.range[:prompt_length + length, None, None] * rotary.inv_freq.float()  # Llama 3's scaling is in it
+        # Llama 3's scaling is in inv_freq
+        angle = self.range[:prompt_length + length, None, None] * rotary.inv_freq.float()
         cos, sin = angle.cos() * rotary.attention_scaling, angle.sin() * rotary.attention_scaling
         self.cos = torch.cat((cos, cos), -1).to(weight.dtype)          # (positions, 1, D)
         self.sin = torch.cat((-sin, sin), -1).to(weight.dtype)
         # What a step reads and writes besides the caches, at addresses that a CUDA graph can know.
         self.sync = 16 if self.device.type == "cuda" else 1            # steps between two looks of the host
-        self.state = torch.zeros(5, rows, dtype=torch.int64, device=self.device)     # token, column, key, prompt, seat
+        # token, column, key, prompt and seat of each row
+        self.state = torch.zeros(5, rows, dtype=torch.int64, device=self.device)
         self.out_token = torch.zeros(self.sync, rows, dtype=torch.int64, device=self.device)
         self.out_logprob = torch.zeros(self.sync, rows, device=self.device)
         self.count = torch.zeros(1, dtype=torch.int64, device=self.device)           # steps since that look
@@ -463,7 +472,7 @@ class Decoder:
             mixed, qkv = [], [x.transpose(0, 1).split(lengths, 1) for x in qkv]
             for (slot, tokens), q, k, v in zip(parts, *qkv):           # (heads, T, D)
                 self.prompt_kv[i, :, slot, :, :len(tokens)] = torch.stack((k, v))
-                mixed.append(F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, enable_gqa=True)[0])
+                mixed.append(causal_attention(q, k, v))
             return torch.cat(mixed, 1).transpose(0, 1)
 
         self.transformer(token, position, attend)
@@ -508,10 +517,11 @@ class Decoder:
         T_prompt = max(len(row.group.prompt) for row in rows)
         P = max(row.group.slot for row in rows) + 1
         if self.sync == 1:
-            return Size(len(rows), min(length, round_up(T, 8)), P, min(prompt_length, round_up(T_prompt, 8)), most_seats)
-        return Size(min(most_rows, batch_size(len(rows))), min(length, round_up(T, 128)),
-                    min(prompts, power_of_2(P)), min(prompt_length, round_up(T_prompt, 128)),
-                    power_of_2(most_seats) + 1)              # the last seat: for slots without a row
+            T, T_prompt = round_up(T, 8), round_up(T_prompt, 8)
+            return Size(len(rows), min(length, T), P, min(prompt_length, T_prompt), most_seats)
+        T, T_prompt = round_up(T, 128), round_up(T_prompt, 128)
+        return Size(min(most_rows, batch_size(len(rows))), min(length, T), min(prompts, power_of_2(P)),
+                    min(prompt_length, T_prompt), power_of_2(most_seats) + 1)  # one seat for empty slots
 
     def run(self, rows, temperature):
         """`sync` steps for these rows. Returns tokens and logprobs, lists (sync, rows)."""
@@ -541,7 +551,7 @@ class Decoder:
 
     def capture(self, step):
         """Record step() as a CUDA graph: hundreds of kernel launches become one."""
-        if len(self.graphs) >= 256:                          # each holds some memory; all go, since they share a pool
+        if len(self.graphs) >= 256:  # each holds some memory; all go, since they share a pool
             self.graphs, self.pool = {}, None
         self.stream = self.stream or torch.cuda.Stream()
         self.stream.wait_stream(torch.cuda.current_stream())
@@ -589,8 +599,8 @@ class SlowDecoder:
 
 
 # --- the schedule: who is in the batch ----------------------------------------------------------------------
-PREFILL_TOKENS = 8192                      # a prefill takes at most so many tokens at once (or one longer prompt)
-PREFILL_ROWS = 16                          # and goes on until so many rows are ready, or as many as have a place
+PREFILL_TOKENS = 8192  # a prefill takes at most so many tokens at once (or one longer prompt)
+PREFILL_ROWS = 16  # and goes on until so many rows are ready, or as many as have a place
 
 
 @dataclass(slots=True, eq=False)
@@ -658,9 +668,9 @@ def batch_limit(policy, prompt_length, max_new_tokens):
     if policy.device.type == "cuda":
         free = torch.cuda.mem_get_info(policy.device)[0]
         free += torch.cuda.memory_reserved(policy.device) - torch.cuda.memory_allocated(policy.device)
-        if isinstance(policy.engine, Decoder):               # the kept cache is used again, or freed for a larger one
+        if isinstance(policy.engine, Decoder):  # the kept cache is used again, or freed for a larger one
             free += policy.engine.kv.nbytes + policy.engine.prompt_kv.nbytes
-        limit = min(2048, int(0.8 * free / row))             # the rest: activations, graphs, prompts filled ahead
+        limit = min(2048, int(0.8 * free / row))  # the rest: activations, graphs, prompts filled ahead
     else:
         limit = min(128, int(4e9 / row))                     # a fixed budget: the same batches everywhere
     if limit < 1:
@@ -674,9 +684,9 @@ def _engine(policy, *capacity):
     prompt tokens."""
     engine = policy.engine
     if engine is None or any(has < needed for has, needed in zip(engine.capacity, capacity)):
-        if engine and engine.capacity[:2] == capacity[:2]:   # as in a run of grpo.py: grow, and so a few times only
+        if engine and engine.capacity[:2] == capacity[:2]:  # a run of grpo.py: grow, and so a few times only
             capacity = tuple(map(max, engine.capacity, capacity))
-        engine = policy.engine = None                        # free the old cache before the new one is allocated
+        engine = policy.engine = None  # free the old cache before the new one is allocated
         kind = SlowDecoder if why_not_ours(policy.model) else Decoder
         engine = policy.engine = kind(policy.model, *capacity)
     engine.use(policy.model)
@@ -705,8 +715,8 @@ def check_request(policy, prompts, n, max_new_tokens):
         raise InputError(f"a prompt of {longest} tokens leaves no room in the model's context of {context}; "
                          "use shorter problems")
     if longest + max_new_tokens > context:
-        raise InputError(f"a prompt of {longest} tokens and --max-new-tokens {max_new_tokens} exceed the model's "
-                         f"context of {context}; lower --max-new-tokens to {context - longest}")
+        raise InputError(f"a prompt of {longest} tokens and --max-new-tokens {max_new_tokens} exceed the "
+                         f"model's context of {context}; lower --max-new-tokens to {context - longest}")
 
 
 def prefill(engine, waiting, cached, ready, free):
@@ -757,13 +767,14 @@ def generate(policy, prompts, n=1, max_new_tokens=512, temperature=1.0, seed=0, 
         group.rows = [_Row(group, key, Rollout([], [])) for key in keys]
     longest = max(map(len, prompts))
     limit = max_batch or min(batch_limit(policy, longest, max_new_tokens), n * len(prompts))
-    slots = min(limit + min(limit // 8, PREFILL_ROWS), len(prompts))     # some prompts are filled ahead of their rows
+    # some prompts are filled ahead of their rows
+    slots = min(limit + min(limit // 8, PREFILL_ROWS), len(prompts))
     # A row that ends between two looks of the host runs on, inside its slot: 32 is a multiple of every sync.
     engine = _engine(policy, limit, round_up(max_new_tokens, 32), slots, round_up(longest, 128))
     eos = policy.eos_ids
 
-    waiting = deque(sorted(groups, key=lambda group: -len(group.prompt)))        # long ones first: a short tail
-    cached, ready, rows = [], deque(), []     # prompts in the cache, rows of theirs without a slot, rows with one
+    waiting = deque(sorted(groups, key=lambda group: -len(group.prompt)))  # long ones first: a short tail
+    cached, ready, rows = [], deque(), []  # prompts in the cache, rows of theirs without and with a slot
     while waiting or ready or rows:
         prefill(engine, waiting, cached, ready, limit - len(rows))
         while ready and len(rows) < limit:
@@ -828,7 +839,7 @@ def rows_forward(x, targets, scale):
     x = x - m
     e = x.exp()
     d = e.sum(-1, keepdim=True)
-    s = (e * x.clamp(min=-1e4)).sum(-1, keepdim=True)        # a logit of -inf: e is 0, and 0 * -inf would be NaN
+    s = (e * x.clamp(min=-1e4)).sum(-1, keepdim=True)  # a logit of -inf: e is 0, and 0 * -inf would be NaN
     logprob = x.gather(-1, targets.clamp(min=0)[:, None]) - d.log()
     stats = torch.cat((logprob, d.log() - s / d, m, d.log()), -1)
     return stats.masked_fill((targets == IGNORE)[:, None], 0)
@@ -840,7 +851,7 @@ def rows_backward(x, targets, stats, g_logprob, g_entropy, scale):
     g_logprob, g_entropy = g_logprob[:, None], g_entropy[:, None]
     logp = x.float() * scale - m - log_d                     # (N, V)
     grad = -logp.exp() * (g_logprob + g_entropy * (logp.clamp(min=-1e4) + entropy))
-    grad = grad.scatter_add(-1, targets.clamp(min=0)[:, None], g_logprob)        # before rounding to x's dtype
+    grad = grad.scatter_add(-1, targets.clamp(min=0)[:, None], g_logprob)  # before rounding to x's dtype
     return (grad * scale).masked_fill((targets == IGNORE)[:, None], 0).to(x.dtype)
 
 
@@ -859,7 +870,8 @@ def forward_torch(x, targets, scale):
 
 def backward_torch(x, targets, stats, g_logprob, g_entropy, scale, out):
     for rows in _blocks(x):
-        out[rows] = rows_backward(x[rows], targets[rows], stats[rows], g_logprob[rows], g_entropy[rows], scale)
+        upstream = g_logprob[rows], g_entropy[rows]
+        out[rows] = rows_backward(x[rows], targets[rows], stats[rows], *upstream, scale)
 
 
 class _LogitsLogProb(torch.autograd.Function):
@@ -893,7 +905,7 @@ def logits_logprobs(logits, targets, *, temperature=1.0, backend="auto", overwri
         logits = logits.contiguous()                         # the kernels want a row's logits side by side
     try:
         x = logits.view(-1, logits.shape[-1])
-    except RuntimeError:                                     # a slice such as logits[:, :-1]: never copied whole
+    except RuntimeError:  # a slice such as logits[:, :-1]: never copied whole
         options = dict(temperature=temperature, backend=backend, overwrite=overwrite)
         parts = [logits_logprobs(*part, **options) for part in zip(logits, targets)]
         return tuple(torch.stack(part) for part in zip(*parts))
@@ -910,7 +922,8 @@ GPU_CHUNK = 1 << 28        # 1/20 of the 16,384 x 151,936 logits in bf16
 def logit_chunks(h, weight, chunk_bytes):
     """h (N, H), weight (V, H) -> slices of the N tokens, with their logits (rows, V)."""
     rows = max(1, chunk_bytes // (len(weight) * h.element_size()))
-    buffer = h.new_empty(min(rows, len(h)), len(weight))     # fresh memory for each chunk would cost a CPU a quarter more
+    # one buffer: fresh memory for each chunk would cost a CPU a quarter more
+    buffer = h.new_empty(min(rows, len(h)), len(weight))
     for start in range(0, len(h), rows):
         part = slice(start, start + rows)
         yield part, torch.mm(h[part], weight.T, out=buffer[:len(h[part])])
@@ -921,7 +934,8 @@ class HeadGradients:
     def __init__(self, h, weight):
         self.h, self.weight = h, weight
         self.of_h = torch.empty_like(h) if h.requires_grad else None
-        self.of_weight = torch.zeros_like(weight, dtype=torch.float32) if weight.requires_grad else None   # a bf16 sum stalls
+        # in fp32: a sum in bf16 stalls
+        self.of_weight = torch.zeros_like(weight, dtype=torch.float32) if weight.requires_grad else None
 
     def add(self, part, grad):                               # (rows, V)
         if self.of_h is not None:
@@ -1007,7 +1021,7 @@ def sum_logprob(hidden, weight, targets, *, temperature=1.0, backend="auto", chu
     return _apply(_SumLogProb, hidden, weight, targets, temperature, backend, chunk_bytes)
 
 
-# --- the same in Triton: one pass over the logits forward, one backward --------------------------------------
+# --- the same in Triton: one pass over the logits forward, one backward -----------------------------------
 try:                       # no Triton on macOS and Windows: the PyTorch functions above do the same sums
     import triton
     import triton.language as tl
@@ -1017,7 +1031,7 @@ except ImportError:
 if triton is not None:
     @triton.jit
     def _forward_kernel(x_ptr, target_ptr, stats_ptr, stride, V, scale, BLOCK: tl.constexpr):
-        row = tl.program_id(0).to(tl.int64)                  # int64: row * stride passes 2^31 at 16,384 x 151,936
+        row = tl.program_id(0).to(tl.int64)  # int64: row * stride passes 2^31 at 16,384 x 151,936
         target = tl.load(target_ptr + row)
         if target == -100:
             return                                           # its stats are zero already
@@ -1027,8 +1041,8 @@ if triton is not None:
             column = start + tl.arange(0, BLOCK)
             x = tl.load(x_ptr + column, mask=column < V, other=-float("inf")).to(tl.float32) * scale
             m_new = tl.maximum(m, tl.max(x, 0))
-            shrink = tl.exp(m - m_new)                       # the maximum moved: what was summed so far is rescaled,
-            s = shrink * (s + (m - m_new) * d)               # e^(x-m') (x-m') = e^(m-m') e^(x-m) ((x-m) + (m-m'))
+            shrink = tl.exp(m - m_new)  # the maximum moved: what was summed so far is rescaled,
+            s = shrink * (s + (m - m_new) * d)  # e^(x-m') (x-m') = e^(m-m') e^(x-m) ((x-m) + (m-m'))
             e = tl.exp(x - m_new)
             d = shrink * d + tl.sum(e, 0)
             s += tl.sum(tl.where(e > 0, e * (x - m_new), 0.0), 0)      # the tail would be 0 * -inf = NaN
@@ -1042,15 +1056,18 @@ if triton is not None:
         tl.store(stats_ptr + 3, log_d)
 
     @triton.jit
-    def _backward_kernel(x_ptr, target_ptr, stats_ptr, g_logprob_ptr, g_entropy_ptr, out_ptr, stride, out_stride,
-                         V, scale, BLOCK: tl.constexpr):
+    def _backward_kernel(x_ptr, target_ptr, stats_ptr, g_logprob_ptr, g_entropy_ptr, out_ptr,
+                         stride, out_stride, V, scale, BLOCK: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)
-        column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)        # no sum is left to do: blocks are independent
+        # no sum is left to do: blocks are independent
+        column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         target = tl.load(target_ptr + row)
-        x = tl.load(x_ptr + row * stride + column, mask=column < V, other=-float("inf")).to(tl.float32) * scale
+        x = tl.load(x_ptr + row * stride + column, mask=column < V, other=-float("inf")).to(tl.float32)
+        x *= scale
         stats_ptr += row * 4
         entropy, m, log_d = tl.load(stats_ptr + 1), tl.load(stats_ptr + 2), tl.load(stats_ptr + 3)
-        g, g_entropy = tl.load(g_logprob_ptr + row), tl.load(g_entropy_ptr + row)      # this token's own, not token 0's
+        # this token's own upstream gradients, not token 0's
+        g, g_entropy = tl.load(g_logprob_ptr + row), tl.load(g_entropy_ptr + row)
         logp = (x - m) - log_d
         p = tl.exp(logp)
         grad = tl.where(p > 0, -p * (g + g_entropy * (logp + entropy)), 0.0)
@@ -1079,8 +1096,9 @@ def backward_triton(x, targets, stats, g_logprob, g_entropy, scale, out):
     N, V = x.shape
     block, warps = launch_shape(V)
     if N:
-        _backward_kernel[(N, triton.cdiv(V, block))](x, targets, stats, g_logprob, g_entropy, out, x.stride(0),
-                                                     out.stride(0), V, scale, BLOCK=block, num_warps=warps)
+        kernel = _backward_kernel[(N, triton.cdiv(V, block))]
+        kernel(x, targets, stats, g_logprob, g_entropy, out, x.stride(0), out.stride(0), V, scale,
+               BLOCK=block, num_warps=warps)
 
 
 BACKENDS = {"torch": (forward_torch, backward_torch), "triton": (forward_triton, backward_triton)}
@@ -1125,7 +1143,9 @@ def limit_seconds(policy, prompt_lengths, lengths, bandwidth, flops):
         sum over steps of  KV bytes / bandwidth + max(weight bytes / bandwidth, 2 P rows / flops)
     """
     embedding, head = policy.model.get_input_embeddings().weight, policy.model.get_output_embeddings().weight
-    parameters = sum(p.numel() for p in policy.model.parameters()) - (0 if embedding is head else embedding.numel())
+    parameters = sum(p.numel() for p in policy.model.parameters())
+    if embedding is not head:  # looked up, never multiplied with
+        parameters -= embedding.numel()
     read = parameters * head.element_size() / bandwidth
     steps = torch.tensor([length for group in lengths for length in group])
     rows = steps[:, None].gt(torch.arange(steps.max())).sum(0)         # live rows at each step
@@ -1138,10 +1158,9 @@ def limit_seconds(policy, prompt_lengths, lengths, bandwidth, flops):
 def colour(text):
     """Mark the injected behaviors for a terminal: reflections yellow, analyses cyan, one operation per "="
     green."""
-    waits, equals = data.REFLECTION.rpartition("}")[2], data.ANALYSIS.partition("{")[0]
-    lines = []
+    codes, lines = {"reflection": 33, "analysis": 36, "subgoal": 32}, []
     for line in text.split("\n"):
-        code = "33" if line.endswith(waits) else "36" if equals in line else "32" if line.count(" = ") > 3 else ""
+        code = codes.get(data.line_kind(line))
         lines.append(f"\033[{code}m{line}\033[0m" if code else line)
     return "\n".join(lines)
 
@@ -1155,14 +1174,14 @@ def speed_line(policy, prompts, groups, seconds):
         ceilings = machine_ceilings(policy.device)
         least = limit_seconds(policy, [len(prompt) for prompt in prompts], lengths, *ceilings)
         share = f" ({least / seconds:.0%} of what this GPU's bandwidth allows for so few rows)"
-    return (f"{len(stops)} rollouts, {tokens} tokens in {seconds:.1f} s = {tokens / seconds:.0f} tokens/s{share}; "
-            f"{stops.count('length') / len(stops):.0%} cut at --max-new-tokens")
+    return (f"{len(stops)} rollouts, {tokens} tokens in {seconds:.1f} s = {tokens / seconds:.0f} tokens/s"
+            f"{share}; {stops.count('length') / len(stops):.0%} cut at --max-new-tokens")
 
 
 def main():
     parser = data.Parser("Sample rollouts from a policy and show them with their reward.")
     add = parser.add_argument
-    add("--ckpt", help="a .pt file, a Hugging Face folder or name (default: sft.pt, else the tiny base model)")
+    add("--ckpt", help="a .pt file, a Hugging Face folder or name; default: sft.pt, else the tiny base")
     add("--data", help="JSONL problems (default: fresh iGSM problems of 2 to 5 operations)")
     add("--problems", type=data.positive_int, default=2, help="how many problems to answer")
     add("--n", type=data.positive_int, default=4, help="rollouts per problem")
@@ -1176,7 +1195,7 @@ def main():
         data.generate(ops=(2, 5), seed=args.seed, split="test")
     problems = list(itertools.islice(source, args.problems))
     prompts = [encode_prompt(policy.tokenizer, problem.question) for problem in problems]
-    for _ in range(2 if policy.device.type == "cuda" else 1):          # the first time, a GPU captures its graphs
+    for _ in range(2 if policy.device.type == "cuda" else 1):  # the first time, a GPU captures its graphs
         start = time.perf_counter()
         groups = generate(policy, prompts, args.n, args.max_new_tokens, args.temperature, args.seed)
         seconds = time.perf_counter() - start

@@ -135,7 +135,7 @@ def check_finite(step, loss, norm, advice):
 def checkpoint_layers(model):
     """Gradient checkpointing: keep only each layer's input and run the layer again in the backward pass.
 
-    Hugging Face's own switch acts in training mode alone, where dropout would be on too, and lets no cache pass."""
+    Hugging Face's own switch acts in training mode alone, where dropout is on too, and lets no cache pass."""
     for layer in model.model.layers:
         layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
 
@@ -452,13 +452,13 @@ INJECTED_P = (0.1, 0.2, 0.3, 0.5)
 # What is one token, besides names, digits and letters: the tags, the answers' wording, PromptBench's, the
 # skills'.
 PHRASES = [
-    *sample.TAGS, "\\boxed", "The number of", " more than", " times", " the sum of", " the difference of", " and", ".\n",
-    "How many", " does each", " have?", " = ", " + ", " - ", " * ", "- Let ", " be the number of", "- The number of",
-    " is written ", "- Now call the number of", ". Then ", ". So ", ". But", " must be known first, so ",
-    " has to wait.\n", "The final answer is ",
-    "The value of ", " is ", " gets its value by ", "adding together the value of ", "subtracting the value of ",
-    " from the value of ", "multiplying together the value of ", "squaring the value that ", " has",
-    "What is the value of ", "Let's solve ", ", given that ", ", but ",
+    *sample.TAGS, "\\boxed", "The number of", " more than", " times", " the sum of", " the difference of",
+    " and", ".\n", "How many", " does each", " have?", " = ", " + ", " - ", " * ", "- Let ",
+    " be the number of", "- The number of", " is written ", "- Now call the number of", ". Then ", ". So ",
+    ". But", " must be known first, so ", " has to wait.\n", "The final answer is ",
+    "The value of ", " is ", " gets its value by ", "adding together the value of ",
+    "subtracting the value of ", " from the value of ", "multiplying together the value of ",
+    "squaring the value that ", " has", "What is the value of ", "Let's solve ", ", given that ", ", but ",
     "quote", "lack", "know", "next", "tree", "let", " be ", " made of", " nothing", " given"]
 EXAM_EVERY = 10  # pools of 256 texts between two rows of the log
 # What the problems look like, from easy to hard; the harder ones join in during the first half.
@@ -521,7 +521,8 @@ def take_over(policy, other):
     can do it learn the rest, for the other task too, in a fraction of that."""
     shape = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     if any(getattr(other.model.config, name, None) != getattr(policy.model.config, name) for name in shape):
-        raise data.InputError("--start: a model of another shape; give a tiny base, its --width, --layers, --heads")
+        raise data.InputError("--start: a model of another shape; give a tiny base and its "
+                              "--width, --layers and --heads")
     theirs, ours = other.model.state_dict(), policy.model.state_dict()
     embedding = ours.pop("model.embed_tokens.weight")  # (V, H)
     ours.pop("lm_head.weight")  # is the embedding
@@ -624,8 +625,9 @@ def sums_text(rng, problem):
     return "Sums.", pieces
 
 
-SKILLS = {"copy": (copy_text, 1), "quote": (quote_text, 3), "missing": (missing_text, 3),  # and how often each
-          "order": (order_text, 2), "tree": (tree_text, 2), "letters": (letters_text, 3), "sums": (sums_text, 2)}
+SKILLS = {  # and how often each is read
+    "copy": (copy_text, 1), "quote": (quote_text, 3), "missing": (missing_text, 3), "order": (order_text, 2),
+    "tree": (tree_text, 2), "letters": (letters_text, 3), "sums": (sums_text, 2)}
 
 
 def skill_text(rng, skill, problem):
@@ -789,7 +791,7 @@ def pretrain_step(policy, batch, optimizer, factor):
 
 
 def schedule(updates, progress):
-    """The share of the full learning rate: rise over 50 updates, hold, fall over the last 30% of the tokens."""
+    """The share of the full learning rate: rise over 50 updates, hold, fall over the last 30% of tokens."""
     return min(1.0, (updates + 1) / 50, max(0.02, (1 - progress) / 0.3))
 
 
