@@ -18,8 +18,8 @@ same problem (to be right where all are right is no merit). One step takes Q pro
 The *old policy* pi_old is the one that sampled: pi before the step's first update. The clip ends the push on
 a token once its probability has moved by eps. The *reference policy* pi_ref is a frozen copy of pi as the run
 began, the SFT policy; KL_t holds pi near it (k3 estimator, Schulman 2020: exp(d) - d - 1, d = log pi_ref -
-log pi). Only *mixed* groups teach: where all N are right, or all wrong, every advantage is 0. That is why
-BRIDGE prepares the model first. Half an hour of reading; at first skip sections 4 (problems) and 6 (command).
+log pi). Only *mixed* groups teach: where the share alpha of right rollouts is 0 or 1, every advantage is 0. That is
+why BRIDGE prepares the model first. Half an hour of reading; at first skip sections 4 (problems) and 6 (command).
 
 Departures from the paper and notes on it:
 1. with one update per batch of rollouts (the paper's setting, the default here) pi_old is pi: ratio is 1 at

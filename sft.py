@@ -68,15 +68,9 @@ def micro_batches(lengths, tokens):
     return groups
 
 
-def response_logprobs(model, inputs, targets, temperature=1.0):
-    """log pi of every target under `model` and the entropy there: two (B, T) fp32 tensors, 0 where masked."""
-    hidden = model.model(input_ids=inputs, use_cache=False).last_hidden_state  # (B, T, H), never (B, T, V)
-    return sample.token_logprobs(hidden, model.lm_head.weight, targets, temperature=temperature)
-
-
 def sum_of_logprobs(model, inputs, targets):
-    """The sum of response_logprobs, a scalar: all that SFT needs, and one product with the head less."""
-    hidden = model.model(input_ids=inputs, use_cache=False).last_hidden_state  # (B, T, H)
+    """The sum of log pi of all targets, a scalar: what SFT needs, with one product with the head less."""
+    hidden = model.model(input_ids=inputs, use_cache=False).last_hidden_state  # (B, T, H), never (B, T, V)
     return sample.sum_logprob(hidden, model.lm_head.weight, targets)
 
 

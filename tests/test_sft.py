@@ -9,6 +9,12 @@ import torch.nn.functional as F
 import data, inject, sample, sft
 
 
+def response_logprobs(model, inputs, targets):
+    """Log-probs and entropies (B, T) of the targets, row by row: what sums are checked against."""
+    hidden = model.model(input_ids=inputs, use_cache=False).last_hidden_state
+    return sample.token_logprobs(hidden, model.lm_head.weight, targets)
+
+
 def draw_examples(policy, n, seed=0):
     stream = data.generate(ops=(1, 4), seed=seed, max_value=100)
     return [(sample.encode_prompt(policy.tokenizer, p.question),
@@ -56,11 +62,11 @@ def test_gradient_is_that_of_cross_entropy_for_every_micro_batch(tiny):
     for size in (1, 2, 3, 7):
         groups = [list(range(7))[i:i + size] for i in range(0, 7, size)]
         assert relative(gradients(policy, batch, groups), truth) < 2e-6
-        by_token = lambda *inputs: sft.response_logprobs(*inputs)[0].sum()
+        by_token = lambda *inputs: response_logprobs(*inputs)[0].sum()
         assert relative(gradients(policy, batch, groups, by_token), truth) < 2e-6
     policy.model.zero_grad()
     for row in range(7):  # the wrong version: each micro-batch divided by its own tokens
-        logprob, _ = sft.response_logprobs(policy.model, *sft.collate([batch[row]], "cpu", 0))
+        logprob, _ = response_logprobs(policy.model, *sft.collate([batch[row]], "cpu", 0))
         (-logprob.sum() / len(batch[row][1]) / 7).backward()
     wrong = torch.cat([p.grad.flatten() for p in policy.model.parameters()])
     assert relative(wrong, truth) > 1e-3
