@@ -18,8 +18,9 @@ same problem (to be right where all are right is no merit). One step takes Q pro
 The *old policy* pi_old is the one that sampled: pi before the step's first update. The clip ends the push on
 a token once its probability has moved by eps. The *reference policy* pi_ref is a frozen copy of pi as the run
 began, the SFT policy; KL_t holds pi near it (k3 estimator, Schulman 2020: exp(d) - d - 1, d = log pi_ref -
-log pi). Only *mixed* groups teach: where the share alpha of right rollouts is 0 or 1, every advantage is 0. That is
-why BRIDGE prepares the model first. Half an hour of reading; at first skip sections 4 (problems) and 6 (command).
+log pi). Only *mixed* groups teach: where the share alpha of right rollouts is 0 or 1, every advantage is 0.
+That is why BRIDGE prepares the model first. Half an hour of reading; at first skip sections 4 (problems) and
+6 (command).
 
 Departures from the paper and notes on it:
 1. with one update per batch of rollouts (the paper's setting, the default here) pi_old is pi: ratio is 1 at
@@ -29,13 +30,15 @@ Departures from the paper and notes on it:
 3. groups without variance still carry the KL's gradient, as in the paper; `--drop-flat` drops them (DAPO);
 4. for the tiny model, batch and learning rate are its own, and the latter decays at the end (PRESETS below).
 """
-import copy, inspect, itertools, math, time
+import copy, itertools, math, time
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import data, sample, sft
 
@@ -185,8 +188,11 @@ class Batch:
 
     def logprobs(self, model, temperature):
         """Log-prob and entropy of the targets under a model, (B, T) each."""
-        hidden = row_by_row(model, self) if sample.why_not_ours(model) else prompt_once(model, self)
-        return sample.token_logprobs(hidden, model.lm_head.weight, self.targets, temperature=temperature)
+        hidden = row_by_row(model, self) if sample.why_not_ours(model) else prompt_once(model, self)  # (n, H)
+        targets = self.targets[self.mask]  # (n,)
+        values = sample.token_logprobs(hidden, model.lm_head.weight, targets, temperature=temperature)
+        zeros = torch.zeros(self.mask.shape, device=hidden.device)
+        return tuple(zeros.masked_scatter(self.mask, value) for value in values)
 
     def trained(self):
         """The tokens that the loss is made of, (B, T)."""
@@ -194,33 +200,54 @@ class Batch:
 
 
 def prompt_once(model, batch):
-    """Hidden states (B, T, H) from which the targets are predicted. Each prompt is computed once, with
-    gradients, and read by all of its rollouts: P + N R tokens a group in place of N (P + R). Its keys and
-    values go to where a layer would look for a cache, and all that a layer wants of a cache is update()."""
-    noted = {}  # layer -> keys and values of the prompts, (Q, kv heads, P, D) each
+    """Hidden states (n, H) from which the n targets are predicted, row after row. Each prompt is computed
+    once, with gradients, and seen by all of its rollouts: P + N R tokens a group in place of N (P + R).
 
-    def note(keys, values, layer, *_, **__):
-        noted.setdefault(layer, (keys, values))  # checkpointing runs a layer again: the first ones count
-        return keys, values
+    The model reads one sequence, all prompts and then all rollouts end to end, so that no product works on
+    padding; only attention lays them out as (Q, P) and (B, T). `layout` travels through the Hugging Face
+    layers to it."""
+    if model.config._attn_implementation != SHARED:
+        model.set_attn_implementation(SHARED)
+    (Q, P), (B, T), device = batch.prompts.shape, batch.inputs.shape, batch.inputs.device
+    place = torch.arange(max(P, T), device=device)
+    length = batch.lengths[:, None]  # (Q, 1)
+    real = place[:P] < length  # (Q, P): not padding
+    prompt_tokens, n = real.sum(), batch.mask.sum()
+    # what each token of a rollout may look at, (B, T, P + T)
+    visible = torch.cat((real[batch.owner][:, None].expand(B, T, P),
+                         (place[:T] <= place[:T, None]).expand(B, T, T)), dim=2)
+    layout = SimpleNamespace(
+        real=real, mask=batch.mask, owner=batch.owner, visible=visible[:, None],
+        prompts=torch.zeros(Q, P, dtype=torch.int64, device=device),  # where a token is in the sequence
+        rows=torch.zeros(B, T, dtype=torch.int64, device=device))
+    layout.prompts[real] = torch.arange(prompt_tokens, device=device)
+    layout.rows[batch.mask] = prompt_tokens + torch.arange(n, device=device)
+    tokens = torch.cat((batch.prompts[real], batch.inputs[batch.mask]))
+    position = torch.cat((place[:P].expand(Q, P)[real], (length[batch.owner] + place[:T])[batch.mask]))
+    output = model.model(input_ids=tokens[None], position_ids=position[None], use_cache=False, layout=layout)
+    return output.last_hidden_state[0, prompt_tokens:]
 
-    def extend(keys, values, layer, *_, **__):  # (B, kv heads, T, D) -> (B, kv heads, P + T, D)
-        pairs = zip(noted[layer], (keys, values))
-        return tuple(torch.cat((prompt[batch.owner], own), dim=2) for prompt, own in pairs)
 
-    def read(tokens, position, visible, update):  # visible (rows, 1, tokens, keys): what a token may look at
-        arguments = inspect.signature(model.model.forward).parameters
-        renamed = "cache" if "cache" in arguments else "past_key_values"  # in transformers 5
-        return model.model(input_ids=tokens, position_ids=position, attention_mask=visible,
-                           **{renamed: SimpleNamespace(update=update)}).last_hidden_state
+def shared_attention(module, query, key, value, attention_mask, *, layout=None, **options):
+    """What Hugging Face calls for each layer: query (1, heads, tokens, D), key and value (1, kv heads,
+    tokens, D) -> (1, tokens, heads, D). Rollouts look at their own tokens and at their prompt's."""
+    if layout is None:  # any other forward
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **options)
 
-    (Q, P), (B, T) = batch.prompts.shape, batch.inputs.shape
-    place = torch.arange(max(P, T), device=batch.inputs.device)
-    causal = place <= place[:, None]
-    read(batch.prompts, place[None, :P], causal[:P, :P].expand(Q, 1, P, P), note)
-    length = batch.lengths[batch.owner][:, None]  # (B, 1)
-    prompt_part = (place[:P] < length)[:, None].expand(B, T, P)  # all of the prompt, but not its padding
-    visible = torch.cat((prompt_part, causal[:T, :T].expand(B, T, T)), dim=2)[:, None]
-    return read(batch.inputs, length + place[:T], visible, extend)
+    def lay(x, index):
+        return x[0][:, index].transpose(0, 1)  # (., rows, columns, D) -> (rows, ., columns, D)
+
+    q, k, v = (lay(x, layout.prompts) for x in (query, key, value))  # (Q, heads or kv heads, P, D)
+    prompts = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    k = torch.cat((k[layout.owner], lay(key, layout.rows)), dim=2)  # (B, kv heads, P + T, D)
+    v = torch.cat((v[layout.owner], lay(value, layout.rows)), dim=2)
+    q = lay(query, layout.rows)  # (B, heads, T, D)
+    rows = F.scaled_dot_product_attention(q, k, v, attn_mask=layout.visible, enable_gqa=True)
+    return torch.cat((prompts.transpose(1, 2)[layout.real], rows.transpose(1, 2)[layout.mask]))[None], None
+
+
+SHARED = "prompts_shared"
+AttentionInterface.register(SHARED, shared_attention)
 
 
 def row_by_row(model, batch):
@@ -229,20 +256,24 @@ def row_by_row(model, batch):
     place = batch.lengths[batch.owner][:, None] + torch.arange(T, device=batch.inputs.device)  # (B, T)
     rows = F.pad(batch.prompts[batch.owner], (0, T)).scatter(1, place, batch.inputs)  # (B, P + T)
     hidden = model.model(input_ids=rows, use_cache=False).last_hidden_state  # (B, P + T, H)
-    return hidden.gather(1, place[:, :, None].expand(-1, -1, hidden.shape[2]))
+    return hidden.gather(1, place[:, :, None].expand(-1, -1, hidden.shape[2]))[batch.mask]
 
 
 def pack(examples, tokens):
     """Row numbers in micro-batches of at most `tokens` when padded (one row at least), a prompt counting
-    once. Rows of one prompt, and prompts of similar length, come together: little padding."""
-    def size(rows):
-        prompts = {tuple(examples[row][0]) for row in rows}
-        return (len(prompts) * max(map(len, prompts))
-                + len(rows) * max(len(examples[row][1]) for row in rows))
+    once. The rows of a prompt stay together where they fit, and prompts with responses of similar length:
+    little padding."""
+    longest = {}
+    for prompt, response in examples:
+        longest[tuple(prompt)] = max(len(response), longest.get(tuple(prompt), 0))
 
     def order(row):
         prompt, response = examples[row]
-        return len(prompt), prompt, -len(response)
+        return longest[tuple(prompt)], prompt, len(response)
+
+    def size(rows):
+        prompts = {tuple(examples[row][0]) for row in rows}
+        return len(prompts) * max(map(len, prompts)) + len(rows) * max(len(examples[row][1]) for row in rows)
 
     batches = []
     for row in sorted(range(len(examples)), key=order):

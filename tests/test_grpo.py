@@ -315,8 +315,8 @@ def test_a_prompt_computed_once_is_the_same_sum(family, checkpointing):
         """Log-probs, and the gradient of a sum of them in which every token has a weight of its own."""
         model.zero_grad()
         batch = change(grpo.make_batch(examples, [[0.0] * len(r) for _, r in examples], torch.ones(12), "cpu"))
-        logprob, _ = sample.token_logprobs(form(model, batch), model.lm_head.weight, batch.targets)
-        (logprob * torch.linspace(0.5, 2, logprob.numel()).view(logprob.shape)).sum().backward()
+        logprob, _ = sample.token_logprobs(form(model, batch), model.lm_head.weight, batch.targets[batch.mask])
+        (logprob * torch.linspace(0.5, 2, len(logprob))).sum().backward()
         return logprob.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])
 
     logprob, gradient = values(grpo.prompt_once)
