@@ -857,11 +857,16 @@ def influence_rows(results):
     return rows
 
 
-def table(rows):
-    """Rows of text in columns: two of names to the left, then numbers to the right."""
+def in_columns(rows):
+    """Rows of text, one under the other: two columns of names to the left, then numbers to the right."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     pad = [str.ljust] * 2 + [str.rjust] * (len(widths) - 2)
     return "\n".join("  ".join(f(cell, w) for f, cell, w in zip(pad, row, widths)) for row in rows)
+
+
+def table(results):
+    """One row a checkpoint and split."""
+    return in_columns(table_rows(results))
 
 
 def describe_test(c):
@@ -916,14 +921,14 @@ def main():
         return plot_report(args.report, args.plot) if args.plot else None
     splits = read_splits(args)
     results = measure_all(args, splits)
-    print(table(table_rows(results)))
+    print(table(results))
     for result in results:
         for split, scores in result["splits"].items():
             for sentence in details(scores):
                 print(f"{result['path']} {split}: {sentence}")
     if args.influence:
         print("influence of a GRPO step, per unit of learning rate, in all and by right rollouts")
-        print(table(influence_rows(results)))
+        print(in_columns(influence_rows(results)))
     comparisons = compare(results)
     for test in comparisons:
         print(describe_test(test))
