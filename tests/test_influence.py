@@ -163,43 +163,46 @@ def one_step(policy, groups, rewards, lr):
 
 
 @torch.no_grad()
-def objectives(policy, groups, rewards):
-    """(Q,): sqrt(alpha (1 - alpha)) (mean log pi of right rollouts - mean log pi of wrong ones)."""
-    sums = torch.zeros(rewards.numel())
-    for batch in evaluation.make_batches(policy, sum(groups, []), torch.arange(rewards.numel()), 4096):
+def log_probs(policy, groups):
+    """log pi(o|q) of every rollout, (Q, N)."""
+    rows = torch.arange(len(groups) * len(groups[0]))
+    sums = torch.zeros(len(rows))
+    for batch in evaluation.make_batches(policy, sum(groups, []), rows, 4096):
         sums[batch.advantages] = batch.logprobs(policy.model, 1.0)[0].sum(1)
+    return sums.view(len(groups), -1)
+
+
+def objective(log_probs, rewards):
+    """(Q,): sqrt(alpha (1 - alpha)) (mean log pi of right rollouts - mean log pi of wrong ones)."""
     alpha = rewards.mean(1, keepdim=True)
-    weights = (rewards - alpha) / (alpha * (1 - alpha)).sqrt()
-    return (weights * sums.view(rewards.shape)).mean(1)
+    return ((rewards - alpha) / (alpha * (1 - alpha)).sqrt() * log_probs).mean(1)
 
 
-def fit(x, y):
-    """(correlation, slope) of y on x."""
-    x, y = x - x.mean(), y - y.mean()
-    return (x @ y / x.norm() / y.norm()).item(), (x @ y / (x @ x)).item()
+def agree(predicted, gained, lr):
+    """The measured changes follow the predicted ones: correlation at least 0.9, slope lr to 10%."""
+    x, y = predicted - predicted.mean(), gained - gained.mean()
+    return x @ y / x.norm() / y.norm() >= 0.9 and (x @ y / (x @ x)).item() == pytest.approx(lr, rel=0.1)
 
 
 def test_prediction_and_a_real_step():
-    """Bug: a formula that no step follows. Queries of one half are trained on, those of the other half are
-    watched: what each of them gains is what was predicted. The influence of one half on the other is had
-    from two calls: in the pool of both, G is the mean of both halves' G. Predictions from shuffled rollouts
-    fail."""
+    """Bug: a formula that no step follows. 24 queries are trained on, 64 others are watched: each gains what
+    was predicted for it. Their influence on each other is had from two calls, since in the pool of both, G is
+    the mean of both parts' G. Shuffled rollouts fail. (Found: correlation 0.99999, slope 1.0002 lr; the
+    reward is one that is soon earned, since the statement holds for any: a first step in one of the wordings.)"""
     policy = sample.load_policy(sample.TINY_BASE)
-    problems = [p for p, _ in zip(data.generate(ops=(2, 4), max_value=100, split="val"), range(200))]
+    problems = [p for p, _ in zip(data.generate(ops=(2, 4), max_value=100, split="val"), range(120))]
     prompts = [sample.encode_prompt(policy.tokenizer, p.question) for p in problems]
-    rolled = sample.generate(policy, prompts, 4, max_new_tokens=40)
-    texts = [[sample.decode(policy.tokenizer, r.tokens) for r in group] for group in rolled]
-    rewards = torch.tensor([[float(data.check_trace(p, f"<think>{t}").steps > 0) for t in group]
-                            for p, group in zip(problems, texts)])  # its first step is sound
-    mixed = [q for q in range(200) if 0 < rewards[q].sum() < 4]
-    print(len(mixed))
-    mixed = mixed[:96]
-    groups = [[(prompts[q], r.tokens) for r in rolled[q]] for q in mixed]
-    trained, watched, lr = slice(0, 32), slice(32, 96), 1e-4
-    rewards = rewards[mixed]
-    both = evaluation.influence(policy, groups, rewards)[1][watched]
-    alone = evaluation.influence(policy, groups[watched], rewards[watched])[1]
-    predicted = (96 * both - 64 * alone) / 32
+    rolled = sample.generate(policy, prompts, 4, max_new_tokens=16)
+    rewards = torch.tensor([[float(sample.decode(policy.tokenizer, r.tokens).startswith("\n- Let"))
+                             for r in group] for group in rolled])
+    mixed = [q for q in range(120) if 0 < rewards[q].sum() < 4][:88]
+    rewards, groups = rewards[mixed], [[(prompts[q], r.tokens) for r in rolled[q]] for q in mixed]
+    trained, watched, lr = slice(0, 24), slice(24, 88), 1e-4
+    pool = evaluation.influence(policy, groups, rewards)[1][watched]
+    among = evaluation.influence(policy, groups[watched], rewards[watched])[1]
+    predicted = (88 * pool - 64 * among) / 24
     after = one_step(policy, groups[trained], rewards[trained], lr)
-    gained = objectives(after, groups[watched], rewards[watched]) - objectives(policy, groups[watched], rewards[watched])
-    print(fit(predicted, gained), predicted.mean(), gained.mean())
+    change = log_probs(after, groups[watched]) - log_probs(policy, groups[watched])  # (64, 4)
+    assert len(predicted) == 64 and agree(predicted, objective(change, rewards[watched]), lr)
+    assert not agree(predicted, objective(change.roll(1, 1), rewards[watched]), lr)  # within each group
+    assert not agree(predicted, objective(change.roll(1, 0), rewards[watched]), lr)  # of another query
