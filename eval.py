@@ -5,6 +5,8 @@
     python eval.py --ckpt sft.pt grpo.pt --data test.jsonl
     python eval.py --curves grpo.csv --plot reward.png      # the training log as a figure
     python eval.py --ckpt sft.pt grpo.pt --results results.csv && python eval.py --report results.csv
+    python eval.py --ckpt sft.pt grpo.pt --html report.html # all of it on one page, with answers to look at
+    python eval.py --ckpt sft.pt half.pt grpo.pt --influence
 
 Accuracy is exact match of the boxed integer, greedy, on held-out problems (a hash of the text keeps them
 apart from everything trained on). Beside it stand its 95% interval and the score of a policy that always
@@ -19,7 +21,10 @@ Two kinds of chance are kept apart. Between two checkpoints on the same problems
 whether the *problems* could explain the difference. Between two methods only fresh *seeds* count: every seed
 trains both, and the report gives the mean of the paired differences with its t-interval.
 
-Twenty minutes to read. Parts 1, 2 and 4 are the idea; the figures (3) and the command (5) can wait.
+Why does RL lift one policy and not another? --influence computes, before a step is taken, what it would
+change (section 3), for several checkpoints of a run side by side.
+
+Half an hour to read. Sections 1, 2, 3 and 5 are the idea; figures (4), page (6) and command (7) can wait.
 """
 import base64, csv, html, importlib.util, io, itertools, json, math, os, re, statistics, string, sys
 from collections import Counter, defaultdict
@@ -176,8 +181,8 @@ def compare(results):
 
 
 # -------------------------------------------- 3. What a step of GRPO would change: influence; and the entropy
-# A step on the rollouts of one query q changes the expected reward of all queries by (Proposition 3.1, per unit
-# of learning rate; o+ and o- are right and wrong rollouts of q, alpha is the share of right ones)
+# A step on the rollouts of one query q changes the expected reward of all queries by (Proposition 3.1, per
+# unit of learning rate; o+ and o- are right and wrong rollouts of q, alpha is the share of right ones)
 #
 #     dJ(q) = mean over (q', o') of sqrt(alpha (1 - alpha)) A(q', o') (mean of K(o', o+) - mean of K(o', o-))
 #     K(o', o) = <grad log pi(o'|q'), grad log pi(o|q)>                                      (co-influence)
@@ -440,11 +445,12 @@ def draw_intervals(axis, rows, names):
     axis.set_yticks(range(len(rows)), rows)
     axis.set_ylim(len(rows) - 0.4, -0.6)
     axis.set_xlim(-0.02, 1.02)
+    axis.set_xlabel("share right")
 
 
 # ----------------------------------------------------------- 5. Many seeds: results.csv, and the report on it
 KEY = ("task", "method", "seed", "stage", "split", "ops")  # names a row; ops: operations, promptbench: depth
-# process: empty where no steps were checked; p: of injection, empty where nothing was injected or nobody knows
+# process: empty where no steps were checked; p: of injection, empty where nothing was or nobody knows
 COLUMNS = (*KEY, "n", "correct", "process", "p")
 
 
@@ -604,12 +610,11 @@ def plot_report(path, out):
             draw_intervals(below, {f"p = {p:g}": after[m] for p, m in sweep}, names)
         else:
             below.set_axis_off()
-        (below if sweep else above).set_xlabel("accuracy after RL")
     add_legend(figure, axes[0][0])
     save_figure(figure, out)
 
 
-# ------------------------------------------------------------------------------------------------- 6. The page
+# ------------------------------------------------------------------------------------------------ 6. The page
 # --html: one file that needs nothing else. What came from a model or from a file is escaped where it is put
 # in. Figures are pictures within the page, each with its numbers in a table below. Behaviors differ by the
 # line at the left and by a word, so that they can be told apart in grey.
@@ -631,6 +636,7 @@ PAGE = string.Template("""<!DOCTYPE html>
   th, td { padding: .15rem .6rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap }
   th:first-child, td:first-child { text-align: left }
   pre { font-size: .8rem; overflow-x: auto; background: #f4f4f4; padding: .5rem }
+  pre.question { white-space: pre-wrap }
   ol { font: .8rem/1.5 ui-monospace, monospace; padding-left: 2.2rem; margin: .2rem 0 1rem }
   li { border-left: 4px solid transparent; padding-left: .4rem; overflow-wrap: anywhere }
   li b { font: italic .75rem system-ui; border: 1px solid; border-radius: .5rem; padding: 0 .4rem }
@@ -653,10 +659,11 @@ answers to imitate; reinforcement learning (RL) then let it try, and made what l
 This page compares its checkpoints on the same problems, none of which they were trained on. <em>Right</em>:
 the final number is right. <em>Process-verified</em>: right, and every step is sound. <em>Rollouts</em> are
 answers drawn at random (temperature 1); accuracy is that of the likeliest answer (greedy)."""
-INFLUENCE = """Influence: how much a step of RL on one problem would raise the reward of all (Proposition 3.1 of
-the BRIDGE paper, per unit of learning rate), computed before that step is taken. Problems that are always or
-never solved teach nothing. It is a signal, largest where half of the rollouts are right, times the agreement
-of gradients (co-influence). A problem is one of those that it influences: <em>on others</em> leaves it out."""
+INFLUENCE = """Influence: how much a step of RL on one problem would raise the reward of all (Proposition 3.1
+of the BRIDGE paper, per unit of learning rate), computed before that step is taken. Problems that are always
+or never solved teach nothing. It is a signal, largest where half of the rollouts are right, times the
+agreement of gradients (co-influence). A problem is one of those that it influences, and with few problems
+that is most of it: <em>on others</em> leaves it out."""
 ANSWERS = """The first problems, as they came; open one to see its premises, its graph from the answer down to
 what is given, and the answers. A marked line shows a behavior: <em>reflection</em> (start on a quantity too
 early, notice, go back), <em>analysis</em> (restate a premise), <em>subgoal</em> (one operation per "="). The
@@ -682,35 +689,36 @@ def html_figure(alt, draw, *arguments, height=3.2):
     return f'<figure><img alt="{html.escape(alt)}" src="data:image/svg+xml;base64,{code}"></figure>'
 
 
-def html_answer(problem, text):
-    """An answer line by line, behaviors and the first unsound line marked."""
+def html_answer(number, problem, text):
+    """A rollout line by line, behaviors and the first unsound line marked."""
+    verdict = "right" if data.reward(text, problem.answer) else "wrong"
     fault = check([problem], [text])[0].error if problem.nodes else None
     lines = []
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(f"<think>{text}".split("\n"), 1):
         kind, reason = data.line_kind(line), ""
         tag = f" <b>{kind}</b>" if kind else ""
         if fault and number == fault.line:
             reason = f"<strong class=reason>first fault ({fault.kind}): {html.escape(fault.reason)}</strong>"
             kind += " fault"
         lines.append(f'<li class="{kind}">{html.escape(line)}{tag}{reason}</li>')
-    return f"<ol>{''.join(lines)}</ol>"
+    but = ", but a step is unsound" if fault and verdict == "right" else ""
+    return f"<p>Rollout {number}: {verdict}{but}</p><ol>{''.join(lines)}</ol>"
 
 
-def html_problem(problem, texts):
+def html_problem(problem, texts, opened):
     """A problem with its graph, and {checkpoint: its rollouts} side by side: the first one and, folded, the
     others."""
     columns = []
     for name, answers in texts.items():
-        verdicts = ["right" if data.reward(text, problem.answer) else "wrong" for text in answers]
-        items = [f"<p>Rollout {i}: {verdict}</p>{html_answer(problem, text)}"
-                 for i, (verdict, text) in enumerate(zip(verdicts, answers), 1)]
-        others = f"<details><summary>{len(items) - 1} more</summary>{''.join(items[1:])}</details>"
-        columns.append(f"<section><h4>{html.escape(name)}: {verdicts.count('right')} of {len(answers)} right"
-                       f"</h4>{items[0]}{others if items[1:] else ''}</section>")
+        right = sum(data.reward(text, problem.answer) for text in answers)
+        first, *others = [html_answer(i, problem, text) for i, text in enumerate(answers, 1)]
+        columns.append(f"<section><h4>{html.escape(name)}: {right:.0f} of {len(answers)} rollouts right</h4>"
+                       f"{first}<details><summary>{len(others)} more</summary>{''.join(others)}</details>"
+                       "</section>")
     graph = f"<pre tabindex=0>{html.escape(data.draw_picture(problem))}</pre>" if problem.nodes else ""
-    *premises, asked = problem.question.split("\n")
-    return (f"<details><summary>{html.escape(asked)} ({problem.answer})</summary>"
-            f"<pre tabindex=0>{html.escape(problem.question)}</pre>{graph}"
+    asked = html.escape(problem.question.split("\n")[-1])
+    return (f"<details{' open' if opened else ''}><summary>{asked} (answer: {problem.answer})</summary>"
+            f"<pre class=question>{html.escape(problem.question)}</pre>{graph}"
             f"<div class=side>{''.join(columns)}</div></details>")
 
 
@@ -723,8 +731,12 @@ def html_accuracy(results, comparisons):
         rows[f"{run_of(result['path'])}, {run_of(split)}"] = both
     chart = html_figure("accuracy of each checkpoint with its 95% interval", draw_intervals, rows,
                         ("right", "process-verified"), height=1.2 + 0.5 * len(rows))
-    tests = "".join(f"<p>{html.escape(describe_test(test))}</p>" for test in comparisons)
-    return f"<h2>How often is it right?</h2>{chart}{html_table(table_rows(results))}{tests}"
+    found = {r["path"]: r["splits"] for r in results}
+    changes = [f"{c['split']}: {c['before']} {found[c['before']][c['split']]['accuracy']:.1%} right, "
+               f"{c['after']} {found[c['after']][c['split']]['accuracy']:.1%}; were both equally good, a "
+               f"difference like this would have a chance of {c['p']:.2g} (McNemar)" for c in comparisons]
+    items = "".join(f"<p>{html.escape(change)}</p>" for change in changes)
+    return f"<h2>How often is it right?</h2>{items}{chart}{html_table(table_rows(results))}"
 
 
 def html_behaviors(results, split):
@@ -743,8 +755,8 @@ def html_behaviors(results, split):
             if b["first_fault"] else "0.0%" for b in found.values())))
     bars = by_run((path, [b[name] for name in names]) for path, b in found.items())
     chart = html_figure("behaviors per rollout", draw_bars, bars, names)
-    return (f"<h2>What does it do, and where does it go wrong first?</h2>{chart}<p>Counted in rollouts, up to "
-            f"the first fault of each.</p>{html_table(columns)}")
+    return (f"<h2>What does it do, and where does it go wrong first?</h2>{chart}"
+            f"<p>Counted in rollouts, up to the first fault of each.</p>{html_table(columns)}")
 
 
 def html_rollouts(results):
@@ -766,7 +778,7 @@ def write_page(path, results, comparisons, splits):
               f"<p>{ANSWERS}</p>"]
     for i, problem in enumerate(splits[first][:SHOWN]):
         texts = {r["path"]: r["splits"][first]["rollouts"]["shown"][i] for r in results}
-        parts.append(html_problem(problem, texts))
+        parts.append(html_problem(problem, texts, opened=i == 0))
     title = "What reinforcement learning changed: " + html.escape(", ".join(r["path"] for r in results))
     with data.replacing(path) as file:
         file.write(PAGE.substitute(title=title, body="\n".join(parts)))
