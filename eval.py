@@ -251,8 +251,9 @@ def influence(policy, groups, rewards, temperature=1.0, leave_one_out=False, mic
 
 
 def measure_influence(policy, groups, rewards, micro_tokens):
-    """alpha, delta: of each query; mean, signal: means over all queries of dJ and sqrt(alpha (1 - alpha));
-    on_others: mean dJ without a query's influence on itself, which alone is sure to be positive;
+    """alpha, delta, itself: of each query, as above; mean, signal: means over all queries of dJ and
+    sqrt(alpha (1 - alpha)); on_others: mean dJ with leave_one_out, since what a query is to itself is never
+    negative;
     co_influence: mean of dJ / signal over mixed queries; by_right[c]: mean dJ of the queries with c right
     rollouts, None where there is none."""
     alpha, delta, itself = influence_with_own(policy, groups, rewards, 1.0, micro_tokens)
@@ -263,7 +264,7 @@ def measure_influence(policy, groups, rewards, micro_tokens):
             "signal": signal.mean().item(),
             "co_influence": (delta / signal)[mixed].mean().item() if mixed.any() else None,
             "by_right": [statistics.mean(values) if values else None for values in by_right],
-            "alpha": alpha.tolist(), "delta": delta.tolist()}
+            "alpha": alpha.tolist(), "delta": delta.tolist(), "itself": itself.tolist()}
 
 
 @torch.no_grad()
