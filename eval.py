@@ -195,7 +195,7 @@ def compare(results):
 # G is one backward pass over everything, own(q) one over the rollouts of q: no pair is formed, nothing is
 # projected. (The paper projects 16,000 gradients to 8,192 random dimensions, App. B.7, to estimate this.) G
 # is the direction in which GRPO moves and own(q), but for a constant, what q adds to it. So the mean of dJ is
-# about |G|^2, and a query is among those that it influences: with few queries most of dJ may be that.
+# about |G|^2, and a query is among those that it influences: with few queries most of dJ can be that.
 def make_batches(policy, examples, weights, micro_tokens):
     """(prompt tokens, response tokens) pairs and a number for each, as grpo.py's micro-batches."""
     for rows in grpo.pack(examples, micro_tokens):
@@ -206,12 +206,14 @@ def make_batches(policy, examples, weights, micro_tokens):
 
 def gradient(policy, examples, weights, temperature, micro_tokens):
     """sum_i weights[i] grad log pi(o_i|q_i) as one vector (P,), summed in fp32 at least."""
-    params, total = [p for p in policy.model.parameters() if p.requires_grad], 0
-    dtype = torch.promote_types(params[0].dtype, torch.float32)
+    params = [p for p in policy.model.parameters() if p.requires_grad]
+    sizes, dtype = [p.numel() for p in params], torch.promote_types(params[0].dtype, torch.float32)
+    total = torch.zeros(sum(sizes), dtype=dtype, device=policy.device)
     for batch in make_batches(policy, examples, weights, micro_tokens):
         logprob, _ = batch.logprobs(policy.model, temperature)  # (B, T), 0 behind a response's end
         parts = torch.autograd.grad(batch.advantages @ logprob.sum(dim=1), params)
-        total = total + torch.cat([part.flatten().to(dtype) for part in parts])
+        for slot, part in zip(total.split(sizes), parts):
+            slot += part.flatten()
     return total
 
 
@@ -240,8 +242,8 @@ def influence(policy, groups, rewards, temperature=1.0, leave_one_out=False, mic
     1.0 where right, else 0.0. alpha: share of right rollouts. delta: dJ above, in reward per unit of learning
     rate; exactly 0 where all rollouts are right or all wrong. leave_one_out: G is the mean over the other
     queries. log pi(o|q) is the sum over the response's tokens, A is grpo.group_advantages. micro_tokens:
-    tokens in one forward pass; the peak of memory is below that of training. Raises ValueError for other
-    shapes."""
+    tokens in one forward pass. Beside the weights it holds three gradients: not more than sft.py's AdamW.
+    Raises ValueError for other shapes."""
     Q, N = rewards.shape
     if [len(group) for group in groups] != [N] * Q or Q < 1 + leave_one_out:
         raise ValueError("rewards must be (queries, rollouts), one for each pair of groups; "
@@ -253,9 +255,8 @@ def influence(policy, groups, rewards, temperature=1.0, leave_one_out=False, mic
 def measure_influence(policy, groups, rewards, micro_tokens):
     """alpha, delta, itself: of each query, as above; mean, signal: means over all queries of dJ and
     sqrt(alpha (1 - alpha)); on_others: mean dJ with leave_one_out, since what a query is to itself is never
-    negative;
-    co_influence: mean of dJ / signal over mixed queries; by_right[c]: mean dJ of the queries with c right
-    rollouts, None where there is none."""
+    negative; co_influence: mean of dJ / signal over mixed queries; by_right[c]: mean dJ of the queries with c
+    right rollouts, None where there is none."""
     alpha, delta, itself = influence_with_own(policy, groups, rewards, 1.0, micro_tokens)
     signal, right = (alpha * (1 - alpha)).sqrt(), rewards.sum(dim=1)
     by_right = [delta[right == c].tolist() for c in range(rewards.shape[1] + 1)]
@@ -695,10 +696,10 @@ def html_answer(number, problem, text):
     verdict = "right" if data.reward(text, problem.answer) else "wrong"
     fault = check([problem], [text])[0].error if problem.nodes else None
     lines = []
-    for number, line in enumerate(f"<think>{text}".split("\n"), 1):
+    for place, line in enumerate(f"<think>{text}".split("\n"), 1):
         kind, reason = data.line_kind(line), ""
         tag = f" <b>{kind}</b>" if kind else ""
-        if fault and number == fault.line:
+        if fault and place == fault.line:
             reason = f"<strong class=reason>first fault ({fault.kind}): {html.escape(fault.reason)}</strong>"
             kind += " fault"
         lines.append(f'<li class="{kind}">{html.escape(line)}{tag}{reason}</li>')

@@ -250,8 +250,8 @@ def test_bad_input_is_one_sentence(script, tmp_path, tiny_file, arguments, words
 
 
 def test_report_as_a_figure(tmp_path, script, monkeypatch):
-    """Bugs: p 0 lost, or sorted as text; SFT's accuracy drawn for RL's; process-verified accuracy not drawn, or
-    drawn where nobody counted it."""
+    """Bugs: p 0 lost, or sorted as text; SFT's accuracy drawn for RL's; process-verified accuracy not drawn,
+    or drawn where nobody counted it."""
     pytest.importorskip("matplotlib")
     path, drawn = str(tmp_path / "results.csv"), []
     made = {"vanilla": None, "subgoal": 0.0, "analysis": 0.3, "reflection": 0.3, "bridge": 0.3,

@@ -253,6 +253,8 @@ def test_page(tiny, monkeypatch, tmp_path, script, tiny_file):
     result = script("eval.py", "--ckpt", "policy.pt", tiny_file, "--data", "<b>.jsonl", "--samples", 2,
                     "--html", "x.html", "--json", "x.json", "--plot", "x.png")
     assert result.returncode == 0, result.stderr
+    rows = [line.split() for line in result.stdout.split("on others")[1].split("\n")[1:3]]
+    assert [row[0] for row in rows] == ["policy.pt", str(tiny_file)]  # side by side
     text = (tmp_path / "x.html").read_text()
     page = Page(text)
     assert not page.open and "script" not in page.tags and "b" in page.tags
@@ -262,6 +264,8 @@ def test_page(tiny, monkeypatch, tmp_path, script, tiny_file):
     shown = [data.line_kind(line) for line in injected.split("\n")]
     assert {"reflection", "analysis"} < set(shown)
     assert all(text.count(f"<b>{kind}</b>") == 2 * shown.count(kind) for kind in set(shown) - {""})
+    for number in (1, 2):  # of each problem, by both policies, which say the same
+        assert text.count(f"<p>Rollout {number}: ") == 6
     fault = data.check_trace(problems[1], broken).error
     assert f"first fault ({fault.kind})" in re.search(r'<li class="[a-z ]*fault">.*?7 \+ .*?</li>', text)[0]
     split = json.load(open(tmp_path / "x.json"))["checkpoints"][0]["splits"]["<b>.jsonl"]
