@@ -167,8 +167,8 @@ def _read_checkpoint(path, dtype):
 
 
 def export_policy(policy, folder):
-    """Write a Hugging Face folder that AutoTokenizer and AutoModelForCausalLM of transformers 4.57 and 5 (and
-    with them TRL, verl, vLLM) load with the same token ids and logits.
+    """Write a Hugging Face folder that AutoTokenizer and AutoModelForCausalLM of transformers 4.57 and 5, so
+    TRL, verl and vLLM too, load with the same token ids and logits.
 
     Raises data.InputError where the folder, read back, gives others."""
     model, tokenizer = policy.model, policy.tokenizer
@@ -176,13 +176,13 @@ def export_policy(policy, folder):
     with data.replacing(os.path.join(folder, "chat_template.jinja")) as file:
         file.write(frozen_template(tokenizer))
     _edit_json(folder, "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast",
-               extra_special_tokens=None,                              # 4.57 stops at a list; tokenizer.json has them
+               extra_special_tokens=None,                              # tokenizer.json has them; 4.57 reads no list
                model_input_names=["input_ids", "attention_mask"])      # Llama refuses token_type_ids
     model.config.save_pretrained(folder)                               # AutoTokenizer looks at the model type
     if model.config.model_type == "qwen2" and not _same_ids(policy, folder):
         model = as_llama(model)
     model.save_pretrained(folder)
-    # transformers 4.57 knows rope_theta and rope_scaling, not rope_parameters, and would take 10,000 for theta
+    # transformers 4.57 knows rope_theta and rope_scaling, not rope_parameters, and would take theta 10,000
     rope = dict(getattr(model.config, "rope_parameters", None) or {})
     theta = rope.pop("rope_theta", None)
     _edit_json(folder, "config.json", rope_theta=theta,
@@ -212,7 +212,7 @@ def as_llama(model):
     known = LlamaConfig().to_dict().keys() - {"model_type", "architectures"}
     fields = {name: value for name, value in model.config.to_dict().items() if name in known}
     llama = LlamaForCausalLM(LlamaConfig(**fields | {"attention_bias": True})).to(model.dtype)
-    zeros = {name: torch.zeros_like(bias) for name, bias in llama.state_dict().items() if "o_proj.bias" in name}
+    zeros = {name: torch.zeros_like(p) for name, p in llama.named_parameters() if "o_proj.bias" in name}
     llama.load_state_dict(model.state_dict() | zeros)
     return llama
 
@@ -244,7 +244,7 @@ def _same_logits(policy, folder):
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=ours.dtype).to(policy.device).eval()
     tokens = encode_prompt(policy.tokenizer, next(data.generate(ops=(3, 5))).question)
     a, b = (model(torch.tensor([tokens], device=policy.device)).logits.float() for model in (ours, theirs))
-    rounding = 1e-4 if ours.dtype == torch.float32 else 2e-2          # of a product that has a bias or has none
+    rounding = 1e-4 if ours.dtype == torch.float32 else 2e-2           # of a product with a bias or without
     return bool((a - b).abs().max() <= rounding * a.abs().max())
 
 
