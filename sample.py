@@ -176,7 +176,7 @@ def export_policy(policy, folder):
     with data.replacing(os.path.join(folder, "chat_template.jinja")) as file:
         file.write(frozen_template(tokenizer))
     _edit_json(folder, "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast",
-               extra_special_tokens=None,                              # tokenizer.json has them; 4.57 reads no list
+               extra_special_tokens=None,                              # 4.57 cannot read a list of them
                model_input_names=["input_ids", "attention_mask"])      # Llama refuses token_type_ids
     model.config.save_pretrained(folder)                               # AutoTokenizer looks at the model type
     if model.config.model_type == "qwen2" and not _same_ids(policy, folder):

@@ -128,3 +128,193 @@ def test_an_export_that_differs_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(sample, "as_llama", lambda model: make_policy("llama3").model)
     with pytest.raises(data.InputError, match="other tokens or logits"):
         sample.export_policy(policy, tmp_path / "logits")
+
+
+# ----------------------------------------------------------------------------------------------- the folder
+@pytest.mark.parametrize("response, right", [
+    ("a</think>\n<answer>\n\\boxed{-7}\n</answer>", 1.0), ("a</think>\n<answer>\n\\boxed{7}\n</answer>", 0.0),
+    ("\\boxed{-7}", 0.0), ("", 0.0)])
+def test_rewards_under_other_names(response, right):
+    """Bugs: a library that passes conversations, strings for numbers, or columns that the reward does not know."""
+    conversation = [{"role": "assistant", "content": response}]
+    assert data.trl_reward([response, conversation], answer=[-7, "-7"], prompts=[], trainer_state=None) == [right] * 2
+    assert data.compute_score("igsm", response, "-7", {"split": "train"}, extra=1) == right == data.reward(response, -7)
+
+
+def test_reward_module_needs_nothing_else(tmp_path):
+    """Bug: data.py beside the settings imports a package or a chapter that the other machine does not have."""
+    (tmp_path / "data.py").write_bytes(open(data.__file__, "rb").read())
+    code = "import data; print(data.trl_reward(['</think><answer>\\\\boxed{3}</answer>'], [3]))"
+    result = subprocess.run([sys.executable, "-S", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert result.stdout == "[1.0]\n", result.stderr
+
+
+def settings_of(path):
+    """Our own YAML: one JSON value a line."""
+    return {name: json.loads(value) for name, value in (line.split(": ", 1) for line in path.read_text().splitlines())}
+
+
+RL = ["--steps", 3, "--prompts", 2, "--n", 4, "--max-new-tokens", 24, "--beta", 0.1, "--clip", 0.1, "--clip-high", 0.3]
+
+
+@pytest.fixture
+def handed(script, tiny_file, tmp_path):
+    """handed("grpo.py", flags) -> the folder that --hand-over wrote."""
+    def make(name, *flags):
+        start = ["--ckpt", tiny_file, *RL] if name == "grpo.py" else ["--model", tiny_file, "--n", 12, "--batch", 6]
+        result = script(name, *start, *flags, "--hand-over", "folder")
+        assert result.returncode == 0, result.stderr
+        assert sorted(os.listdir(tmp_path)) == ["folder"]          # it trains nothing and writes nothing else
+        return tmp_path / "folder"
+    return make
+
+
+def test_rl_records_and_settings(handed, script):
+    """Bugs: a field that verl or TRL calls otherwise; a batch of prompts where TRL counts completions; a schedule
+    that is lost; an old folder overwritten; a flag that no other library has, dropped without a word."""
+    folder = handed("grpo.py", "--lr-decay", 0.5, "--epochs", 2)
+    rows = [json.loads(line) for line in (folder / "rl.jsonl").read_text().splitlines()]
+    assert len(rows) == 3 * 2
+    for index, row in enumerate(rows):
+        assert row["extra_info"] == {"split": "train", "index": index} and row["data_source"] == "igsm"
+        assert row["reward_model"] == {"style": "rule", "ground_truth": row["answer"]} and row["ability"] == "math"
+        (message,) = row["prompt"]
+        assert message["role"] == "user" and data.read_question(message["content"]).answer == row["answer"]
+    trl = settings_of(folder / "trl-grpo.yaml")
+    assert trl["per_device_train_batch_size"] * trl["gradient_accumulation_steps"] == 2 * 4
+    assert (trl["max_steps"], trl["num_iterations"], trl["lr_scheduler_kwargs"]["num_decay_steps"]) == (6, 2, 3)
+    assert trl["adam_beta2"] == 0.95 and trl["use_bias_correction_kl"] is False
+    verl = (folder / "verl-grpo.sh").read_text()
+    for words in ("train_batch_size=2", "rollout.n=4", "use_kl_loss=True", "kl_loss_coef=0.1", "clip_ratio_high=0.3",
+                  "loss_agg_mode=seq-mean-token-mean", "custom_reward_function.path=$PWD/data.py", "no linear decay"):
+        assert words in verl
+    assert not subprocess.run(["bash", "-n", folder / "verl-grpo.sh"]).returncode
+    again = script("grpo.py", *RL, "--hand-over", "folder")
+    refused = script("grpo.py", *RL, "--max-kl", 0.1, "--hand-over", "other")
+    assert again.returncode == refused.returncode == 2
+    assert "exists already" in again.stderr and "--max-kl has no effect with --hand-over" in refused.stderr
+
+
+def test_sft_records(handed):
+    """Bug: labels on the question, or no end token to learn."""
+    folder = handed("sft.py", "--method", "vanilla")
+    tokenizer = sample.load_policy(folder / "policy", device="cpu").tokenizer
+    problems = list(zip(range(12), data.generate(seed=0, ops=data.TINY["ops"], max_value=data.TINY["max_value"])))
+    rows = [json.loads(line) for line in (folder / "sft.jsonl").read_text().splitlines()]
+    assert len(rows) == 12
+    for row, (_, problem) in zip(rows, problems):
+        prompt, response = (sample.encode_prompt(tokenizer, problem.question),
+                            sample.encode_response(tokenizer, problem.response))
+        assert row == {"input_ids": prompt + response, "labels": [-100] * len(prompt) + response}
+    parquet = pytest.importorskip("pyarrow.parquet")
+    for row, (_, problem) in zip(parquet.read_table(folder / "sft.parquet").to_pylist(), problems):
+        assert row == {"messages": [{"role": "user", "content": problem.question},
+                                    {"role": "assistant", "content": problem.response.removeprefix("<think>")}]}
+
+
+# ------------------------------------------------------------------------- the libraries, where they are installed
+def parsed(make_parser, config):
+    """The settings file as TRL's own command reads it."""
+    return make_parser().parse_args_and_config(["--config", config, "--use_cpu", "true"], fail_with_unknown_args=True)
+
+
+def test_trl_sft_loss_is_ours(handed, monkeypatch):
+    """Bugs: labels that TRL does not read, another denominator."""
+    pytest.importorskip("trl")
+    from trl import SFTTrainer, get_dataset
+    from trl.scripts.sft import make_parser
+    folder = handed("sft.py")
+    monkeypatch.chdir(folder)
+    _, config, model, dataset = parsed(make_parser, "trl-sft.yaml")
+    trainer = SFTTrainer(model=model.model_name_or_path, args=config, train_dataset=get_dataset(dataset)["train"])
+    batch = next(iter(trainer.get_train_dataloader()))
+    examples = []
+    for ids, labels, real in zip(batch["input_ids"], batch["labels"], batch["attention_mask"]):
+        tokens, prompt = ids[real.bool()].tolist(), int((labels == -100)[real.bool()].sum())
+        examples.append((tokens[:prompt], tokens[prompt:]))
+    assert len(examples) == 6
+    policy = sample.load_policy("policy", device="cpu")
+    ours = sft.add_gradient(policy, examples, micro_tokens=300)
+    items = (batch["labels"] != -100).sum()
+    theirs = trainer.compute_loss(trainer.model, batch, num_items_in_batch=items).item()
+    assert theirs == pytest.approx(ours, abs=1e-6)
+    wrong = [(prompt[:1], prompt[1:] + response) for prompt, response in examples]    # the question trained, too
+    assert abs(theirs - sft.add_gradient(policy, wrong, micro_tokens=300)) > 1e-3
+
+
+@pytest.mark.parametrize("flags, kind", [((), "grpo"), (("--norm", "token"), "bnpo"), (("--norm", "token"), "dapo"),
+                                         (("--norm", "constant", "--no-std"), "dr_grpo")])
+def test_trl_grpo_loss_is_ours(handed, monkeypatch, flags, kind):
+    """Bugs: a flag translated to another loss, clip or KL term. Wrong: TRL's default, which multiplies the KL by
+    the ratio."""
+    pytest.importorskip("trl")
+    from trl import GRPOTrainer, get_dataset
+    from trl.scripts.grpo import make_parser
+    folder = handed("grpo.py", *flags)
+    monkeypatch.chdir(folder)
+    _, config, model, dataset = parsed(make_parser, "trl-grpo.yaml")
+    trainer = GRPOTrainer(model=model.model_name_or_path, reward_funcs=data.trl_reward, args=config,
+                          train_dataset=get_dataset(dataset)["train"])
+    if kind == "bnpo":  # the mean over the tokens of a micro-batch: ours where there is only one
+        trainer.loss_type = "bnpo"
+    assert trainer.loss_type == kind
+    B, T = 8, 24
+    draw = torch.Generator().manual_seed(0)
+    ids, lengths = torch.randint(5, 900, (B, 10 + T), generator=draw), torch.tensor([24, 3, 9, 24, 1, 17, 5, 12])
+    mask = torch.arange(T) < lengths[:, None]
+    rewards = torch.tensor([[1.0, 0, 0, 1], [0, 0, 1, 0]])
+    with torch.no_grad():
+        logprob = trainer.model(ids).logits[:, 9:-1].log_softmax(-1).gather(2, ids[:, 10:, None])[:, :, 0]
+    old, ref = (logprob + 0.2 * torch.randn(B, T, generator=draw) for _ in range(2))
+    advantages = grpo.group_advantages(rewards, std=config.scale_rewards == "group").flatten()
+    inputs = dict(prompt_ids=ids[:, :10], prompt_mask=torch.ones(B, 10, dtype=torch.int64), completion_ids=ids[:, 10:],
+                  completion_mask=mask.long(), advantages=advantages, old_per_token_logps=old,
+                  ref_per_token_logps=ref, num_items_in_batch=mask.sum())
+    trainer.current_gradient_accumulation_steps = 1
+    theirs = trainer._compute_loss(trainer.model, inputs).item()
+    norm = {"grpo": "sequence", "dr_grpo": "constant"}.get(kind, "token")
+    ours = grpo.grpo_loss(logprob, old, ref, advantages, mask, clip=0.1, clip_high=0.3, beta=0.1, norm=norm)
+    assert theirs == pytest.approx(ours.item(), abs=1e-6)
+    trainer.args.use_bias_correction_kl = True
+    assert abs(trainer._compute_loss(trainer.model, inputs).item() - ours.item()) > 1e-5
+
+
+def test_trl_trains_and_eval_reads(handed, script, monkeypatch, tmp_path):
+    """Bugs: settings that TRL's command refuses; a prompt whose ids are not ours; a result that eval.py cannot
+    read."""
+    pytest.importorskip("trl")
+    from trl.scripts import grpo as command
+    folder = handed("grpo.py")
+    monkeypatch.chdir(folder)
+    command.main(*parsed(command.make_parser, "trl-grpo.yaml"))
+    state = json.loads((folder / "grpo" / "checkpoint-3" / "trainer_state.json").read_text())
+    assert state["global_step"] == 3 and all("rewards/trl_reward/mean" in row for row in state["log_history"][:3])
+    result = script("eval.py", "--ckpt", folder / "grpo", "--n", 4, "--max-new-tokens", 24)
+    assert result.returncode == 0 and "95% interval" in result.stdout, result.stderr
+    tokenizer = sample.load_policy(folder / "grpo", device="cpu").tokenizer
+    ours = sample.load_policy(folder / "policy", device="cpu").tokenizer
+    question = PROBLEMS[0].question
+    assert sample.encode_prompt(tokenizer, question) == sample.encode_prompt(ours, question)
+
+
+def test_verl_reads_data_and_settings(handed, monkeypatch):
+    """Bugs: prompts that verl's own class drops or encodes otherwise; a setting that its configuration does not
+    know."""
+    dataset = pytest.importorskip("verl.utils.dataset.rl_dataset")
+    hydra, omegaconf = pytest.importorskip("hydra"), pytest.importorskip("omegaconf")
+    import verl.trainer
+    folder = handed("grpo.py", "--norm", "constant", "--tis", 2)
+    lines = (folder / "verl-grpo.sh").read_text().splitlines()
+    overrides = [line.strip(' "\\').replace("$PWD", str(folder)) for line in lines if line.startswith('    "') and "=" in line]
+    with hydra.initialize_config_dir(os.path.join(os.path.dirname(verl.trainer.__file__), "config"), version_base=None):
+        config = hydra.compose("ppo_trainer", overrides)
+    actor = config.actor_rollout_ref.actor
+    assert (actor.clip_ratio_c, actor.loss_scale_factor, list(actor.optim.betas)) == (1e9, 24, [0.9, 0.95])
+    config.data.filter_overlong_prompts, config.data.cache_dir = True, str(folder / "cache")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
+    rows = dataset.RLHFDataset([str(folder / "rl.jsonl")], tokenizer, config.data)
+    assert len(rows) == 6
+    for row in rows:
+        ids = tokenizer.apply_chat_template(list(row["raw_prompt"]), add_generation_prompt=True, return_dict=False)
+        assert ids == sample.encode_prompt(tokenizer, row["raw_prompt"][0]["content"])
+        assert row["index"] == row["extra_info"]["index"] and row["reward_model"]["ground_truth"] == row["answer"]
