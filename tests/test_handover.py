@@ -186,7 +186,7 @@ def test_rl_records_and_settings(handed, script):
     assert trl["adam_beta2"] == 0.95 and trl["use_bias_correction_kl"] is False
     verl = (folder / "verl-grpo.sh").read_text()
     for words in ("train_batch_size=2", "rollout.n=4", "use_kl_loss=True", "kl_loss_coef=0.1", "clip_ratio_high=0.3",
-                  "loss_agg_mode=seq-mean-token-mean", "custom_reward_function.path=$PWD/data.py", "no linear decay"):
+                  "loss_agg_mode=seq-mean-token-mean", "reward.custom_reward_function.path=$PWD/data.py", "no linear decay"):
         assert words in verl
     assert not subprocess.run(["bash", "-n", folder / "verl-grpo.sh"]).returncode
     again = script("grpo.py", *RL, "--hand-over", "folder")
@@ -303,6 +303,7 @@ def test_verl_reads_data_and_settings(handed, monkeypatch):
     dataset = pytest.importorskip("verl.utils.dataset.rl_dataset")
     hydra, omegaconf = pytest.importorskip("hydra"), pytest.importorskip("omegaconf")
     import verl.trainer
+    from verl.trainer.ppo import reward
     folder = handed("grpo.py", "--norm", "constant", "--tis", 2)
     lines = (folder / "verl-grpo.sh").read_text().splitlines()
     overrides = [line.strip(' "\\').replace("$PWD", str(folder)) for line in lines if line.startswith('    "') and "=" in line]
@@ -310,7 +311,9 @@ def test_verl_reads_data_and_settings(handed, monkeypatch):
         config = hydra.compose("ppo_trainer", overrides)
     actor = config.actor_rollout_ref.actor
     assert (actor.clip_ratio_c, actor.loss_scale_factor, list(actor.optim.betas)) == (1e9, 24, [0.9, 0.95])
-    config.data.filter_overlong_prompts, config.data.cache_dir = True, str(folder / "cache")
+    score = reward.get_custom_reward_fn(config)
+    assert score("igsm", "</think><answer>\\boxed{3}</answer>", 3) == 1.0
+    config.data.filter_overlong_prompts = True
     tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
     rows = dataset.RLHFDataset([str(folder / "rl.jsonl")], tokenizer, config.data)
     assert len(rows) == 6
@@ -318,3 +321,16 @@ def test_verl_reads_data_and_settings(handed, monkeypatch):
         ids = tokenizer.apply_chat_template(list(row["raw_prompt"]), add_generation_prompt=True, return_dict=False)
         assert ids == sample.encode_prompt(tokenizer, row["raw_prompt"][0]["content"])
         assert row["index"] == row["extra_info"]["index"] and row["reward_model"]["ground_truth"] == row["answer"]
+
+
+def test_verl_sft_trains_on_our_ids(handed):
+    """Bug: a template that gives the turns of verl's SFT, which are encoded one by one, other ids or another mask."""
+    dataset = pytest.importorskip("verl.utils.dataset.multiturn_sft_dataset")
+    folder = handed("sft.py")
+    rows = [json.loads(line) for line in (folder / "sft.jsonl").read_text().splitlines()]
+    tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
+    theirs = dataset.MultiTurnSFTDataset(str(folder / "sft.parquet"), tokenizer, {"pad_mode": "no_padding"})
+    assert len(theirs) == len(rows)
+    for row, other in zip(rows, theirs):
+        assert other["input_ids"].tolist() == row["input_ids"]
+        assert other["loss_mask"].tolist() == [int(label != -100) for label in row["labels"]]
