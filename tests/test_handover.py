@@ -334,3 +334,30 @@ def test_verl_sft_trains_on_our_ids(handed):
     for row, other in zip(rows, theirs):
         assert other["input_ids"].tolist() == row["input_ids"]
         assert other["loss_mask"].tolist() == [int(label != -100) for label in row["labels"]]
+
+
+@pytest.mark.parametrize("norm, mode", [("sequence", "seq-mean-token-mean"), ("token", "token-mean"),
+                                        ("constant", "seq-mean-token-sum-norm")])
+def test_verl_grpo_loss_is_ours(norm, mode):
+    """Bugs: an aggregation, a clip or a KL term that verl-grpo.sh asks for and that is another one. Wrong: verl's
+    own bound on the ratio of negative advantages."""
+    verl = pytest.importorskip("verl.trainer.ppo.core_algos")
+    from omegaconf import OmegaConf
+    draw, B, T = torch.Generator().manual_seed(0), 8, 24
+    logprob = -torch.rand(B, T, generator=draw)
+    old, ref = (logprob + size * torch.randn(B, T, generator=draw) for size in (0.7, 0.3))    # at 2.6 verl cuts the KL
+    mask = torch.arange(T) < torch.tensor([24, 3, 9, 24, 1, 17, 5, 12])[:, None]
+    rewards = torch.tensor([[1.0, 0, 0, 1], [0, 0, 1, 0]])
+    advantages = grpo.group_advantages(rewards).flatten()
+    scores = torch.nn.functional.pad(rewards.view(B, 1), (0, T - 1))
+    theirs, _ = verl.compute_grpo_outcome_advantage(scores, mask.float(), [row // 4 for row in range(B)])
+    torch.testing.assert_close(theirs, advantages[:, None] * mask)
+
+    def loss(bound):
+        config = OmegaConf.create(dict(clip_ratio=0.1, clip_ratio_low=0.1, clip_ratio_high=0.3, clip_ratio_c=bound,
+                                       global_batch_info={}))
+        pushed, _ = verl.compute_policy_loss_vanilla(old, logprob, theirs, mask.float(), mode, config)
+        return (pushed + 0.1 * verl.agg_loss(verl.kl_penalty(logprob, ref, "low_var_kl"), mask.float(), mode)).item()
+
+    ours = grpo.grpo_loss(logprob, old, ref, advantages, mask, clip=0.1, clip_high=0.3, beta=0.1, norm=norm).item()
+    assert loss(1e9) == pytest.approx(ours, abs=1e-6) and abs(loss(3.0) - ours) > 1e-4
