@@ -218,11 +218,13 @@ def as_llama(model):
 
 
 def _edit_json(folder, name, **changes):
+    """Change fields of a JSON file; None removes one."""
     path = os.path.join(folder, name)
     with open(path, encoding="utf-8") as file:
-        content = json.load(file) | changes
+        content = json.load(file)
+    kept = {key: value for key, value in content.items() if key not in changes}
     with data.replacing(path) as file:
-        json.dump({key: value for key, value in content.items() if value is not None}, file, indent=2)
+        json.dump(kept | {key: value for key, value in changes.items() if value is not None}, file, indent=2)
 
 
 def _same_ids(policy, folder):

@@ -374,6 +374,8 @@ def check_files(args, parser, start):
                               "written")
     if os.path.abspath(start) == os.path.abspath(args.out):
         raise data.InputError(f"--out {args.out}: is the file that the run starts from; name another one")
+    if args.hand_over:
+        refuse(args, parser, ("resume", "export"), "with --hand-over, which trains nothing")
     for flag, folder in (("--export", args.export), ("--hand-over", args.hand_over)):
         empty = folder and os.path.isdir(folder) and not os.listdir(folder)
         if folder and os.path.exists(folder) and not empty and not args.resume:

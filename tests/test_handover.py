@@ -154,7 +154,8 @@ def settings_of(path):
     return {name: json.loads(value) for name, value in (line.split(": ", 1) for line in path.read_text().splitlines())}
 
 
-RL = ["--steps", 3, "--prompts", 2, "--n", 4, "--max-new-tokens", 24, "--beta", 0.1, "--clip", 0.1, "--clip-high", 0.3]
+RL = ["--steps", 3, "--prompts", 2, "--n", 4, "--max-new-tokens", 24, "--beta", 0.1, "--clip", 0.1, "--clip-high", 0.3,
+      "--lr", 1e-6]
 
 
 @pytest.fixture
@@ -257,7 +258,7 @@ def test_trl_grpo_loss_is_ours(handed, monkeypatch, flags, kind):
                           train_dataset=get_dataset(dataset)["train"])
     if kind == "bnpo":  # the mean over the tokens of a micro-batch: ours where there is only one
         trainer.loss_type = "bnpo"
-    assert trainer.loss_type == kind
+    assert trainer.loss_type == kind and config.learning_rate == 1e-6               # YAML alone reads 1e-06 as text
     B, T = 8, 24
     draw = torch.Generator().manual_seed(0)
     ids, lengths = torch.randint(5, 900, (B, 10 + T), generator=draw), torch.tensor([24, 3, 9, 24, 1, 17, 5, 12])
