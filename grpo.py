@@ -27,10 +27,11 @@ Departures from the paper and notes on it:
    every token, the clip never acts, and the loss is about 0, the mean of the advantages (plus beta KL, 0 at
    the first step). Its gradient is not 0: d ratio = d log pi. `--epochs 2` makes the clip act;
 2. k3 in the loss is, as in the paper, a biased estimate of the KL's gradient (low variance, small with beta);
-3. groups without variance still carry the KL's gradient, as in the paper; `--drop-flat` drops them (DAPO);
+3. groups without variance carry no gradient but the KL's; the paper trains on them all the same. For the tiny
+   model (beta 1e-3) they are neither scored nor trained on: `--drop-flat`, as in DAPO;
 4. for the tiny model, batch and learning rate are its own, and the latter decays at the end (PRESETS below).
 """
-import copy, itertools, math, time
+import argparse, copy, itertools, math, time
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -361,7 +362,8 @@ def update(policy, optimizer, batches, args):
 
 @torch.no_grad()
 def measure(batches, args):
-    """What the log wants to know: means over the response tokens, those of dropped rollouts included."""
+    """What the log wants to know: means over the response tokens, those that --max-kl dropped included, those
+    of groups that --drop-flat left out not."""
     row = dict.fromkeys(("kl", "clip_frac", "entropy", "drift_mean", "drift_max"), 0.0)
     row["dropped"] = sum((~batch.kept).sum().item() for batch in batches)
     tokens = sum(batch.mask.sum().item() for batch in batches)
@@ -621,8 +623,10 @@ def verl_settings(args, longest):
 
 
 # --------------------------------------------------------------------------------------------- 7. The command
-PRESETS = {"tiny": dict(lr=2e-4, lr_decay=0.3, prompts=16, n=8, steps=220, max_new_tokens=256, beta=1e-3),
-           "paper": dict(lr=1e-6, lr_decay=0.0, prompts=32, n=32, steps=200, max_new_tokens=2560, beta=1e-3)}
+PRESETS = {"tiny": dict(lr=2e-4, lr_decay=0.3, prompts=16, n=8, steps=220, max_new_tokens=256, beta=1e-3,
+                        drop_flat=True),
+           "paper": dict(lr=1e-6, lr_decay=0.0, prompts=32, n=32, steps=200, max_new_tokens=2560, beta=1e-3,
+                         drop_flat=False)}
 
 
 def add_flags(parser):
@@ -659,8 +663,9 @@ def add_flags(parser):
     add("--norm", choices=["sequence", "token", "constant"], default="sequence",
         help="what the loss is divided by")
     add("--no-std", action="store_true", help="advantages without division by the group's std (Dr. GRPO)")
-    add("--drop-flat", action="store_true",
-        help="groups without variance leave the batch, and with them their KL (DAPO)")
+    add("--drop-flat", action=argparse.BooleanOptionalAction,
+        help="groups without variance leave the batch, and with them their KL (DAPO); default: for a tiny "
+             "model only")
     add("--entropy", type=data.not_negative, default=0.0,
         help="coefficient of an entropy bonus (released code, Qwen: 0.001)")
     add("--tis", type=data.number(float, 1, math.inf, "at least 1: a lower one weighs all tokens down"),
@@ -679,8 +684,8 @@ def check(args, parser, checkpoint):
     """Refuse flags that contradict each other, each in one sentence."""
     sft.check_files(args, parser, checkpoint)
     if args.hand_over:
-        sft.refuse(args, parser, ("kl", "max_kl", "format_reward", "drop_flat", "filter"),
-                   "with --hand-over, since TRL and verl do not both have it")
+        only_here = ["kl", "max_kl", "format_reward", "filter"] + ["drop_flat"] * bool(args.drop_flat)
+        sft.refuse(args, parser, only_here, "with --hand-over, since TRL and verl do not both have it")
     if args.filter and not 0 <= args.filter[0] <= args.filter[1] <= FILTER_N:
         raise data.InputError(f"--filter {args.filter[0]} {args.filter[1]}: right rollouts of {FILTER_N}, "
                               "the lower number first")
