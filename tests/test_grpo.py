@@ -728,7 +728,7 @@ def test_hugging_face_folders_in_and_out(script, tmp_path, family):
     assert len(list((tmp_path / "base").glob("*.safetensors"))) > 1
     small = ["--n", 8, "--batch", 4, "--epochs", 1, "--ops", 1, 1, "--lr", 1e-2]
     for command in (["sft.py", "--model", "base", *small, "--export", "sft"],
-                    ["grpo.py", "--ckpt", "sft", "--steps", 2, *SMALL, "--entropy", 0.05, "--lr", 1e-2,
+                    ["grpo.py", "--ckpt", "sft", "--steps", 2, *SMALL, "--entropy", 0.05, "--lr", 1e-2, "--no-drop-flat",
                      "--gradient-checkpointing", "--export", "rl"]):
         result = script(*command)
         assert result.returncode == 0, result.stderr
