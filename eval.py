@@ -347,6 +347,9 @@ def draw_bars(axis, runs, labels=None):
     axis.set_xticks(range(len(seeds[0])), labels)
 
 
+SPLITS = {"id": "in distribution", "ood": "out of distribution"}
+
+
 def draw_by_right(axis, results, split, kind):
     """kind: "histogram", the share of problems by their right rollouts; "influence", their mean dJ."""
     scores = [(r["path"], r["splits"][split]) for r in results]
@@ -357,7 +360,7 @@ def draw_by_right(axis, results, split, kind):
         axis.axhline(0, color="0", linewidth=0.5)
     axis.set_xlabel(f"right rollouts of {scores[0][1]['rollouts']['samples']}")
     axis.set_ylabel({"histogram": "share of problems", "influence": "influence on the reward"}[kind])
-    axis.set_title({"id": "in distribution", "ood": "out of distribution"}.get(split, split))
+    axis.set_title(SPLITS.get(split, split))
 
 
 def plot(results, path):
@@ -658,9 +661,9 @@ $body
 """)
 INTRODUCTION = """A language model answers word problems step by step. Supervised fine-tuning (SFT) showed it
 answers to imitate; reinforcement learning (RL) then let it try, and made what led to right results likelier.
-This page compares its checkpoints on the same problems, none of which they were trained on. <em>Right</em>:
-the final number is right. <em>Process-verified</em>: right, and every step is sound. <em>Rollouts</em> are
-answers drawn at random (temperature 1); accuracy is that of the likeliest answer (greedy)."""
+This page compares its checkpoints on the same problems. <em>Right</em>: the final number is right.
+<em>Process-verified</em>: right, and every step is sound. <em>Rollouts</em> are answers drawn at random
+(temperature 1); accuracy is that of the likeliest answer (greedy)."""
 INFLUENCE = """Influence: how much a step of RL on one problem would raise the reward of all (Proposition 3.1
 of the BRIDGE paper, per unit of learning rate), computed before that step is taken. Problems that are always
 or never solved teach nothing. It is a signal, largest where half of the rollouts are right, times the
@@ -734,7 +737,7 @@ def html_accuracy(results, comparisons):
     chart = html_figure("accuracy of each checkpoint with its 95% interval", draw_intervals, rows,
                         ("right", "process-verified"), height=1.2 + 0.5 * len(rows))
     found = {r["path"]: r["splits"] for r in results}
-    changes = [f"{c['split']}: {c['before']} {found[c['before']][c['split']]['accuracy']:.1%} right, "
+    changes = [f"{SPLITS.get(c['split'], c['split'])}: {c['before']} {found[c['before']][c['split']]['accuracy']:.1%} right, "
                f"{c['after']} {found[c['after']][c['split']]['accuracy']:.1%}; were both equally good, a "
                f"difference like this would have a chance of {c['p']:.2g} (McNemar)" for c in comparisons]
     items = "".join(f"<p>{html.escape(change)}</p>" for change in changes)
