@@ -736,12 +736,14 @@ def html_accuracy(results, comparisons):
         rows[f"{run_of(result['path'])}, {run_of(split)}"] = both
     chart = html_figure("accuracy of each checkpoint with its 95% interval", draw_intervals, rows,
                         ("right", "process-verified"), height=1.2 + 0.5 * len(rows))
-    found = {r["path"]: r["splits"] for r in results}
-    changes = [f"{SPLITS.get(c['split'], c['split'])}: {c['before']} {found[c['before']][c['split']]['accuracy']:.1%} right, "
-               f"{c['after']} {found[c['after']][c['split']]['accuracy']:.1%}; were both equally good, a "
-               f"difference like this would have a chance of {c['p']:.2g} (McNemar)" for c in comparisons]
-    items = "".join(f"<p>{html.escape(change)}</p>" for change in changes)
-    return f"<h2>How often is it right?</h2>{items}{chart}{html_table(table_rows(results))}"
+    items, found = "", {(r["path"], split): s for r in results for split, s in r["splits"].items()}
+    for c in comparisons:
+        before, after = (f"{path} {found[path, c['split']]['accuracy']:.1%}"
+                         for path in (c["before"], c["after"]))
+        items += html.escape(f"{SPLITS.get(c['split'], c['split'])}: {before} right, {after}; were both equally "
+                             f"good, a difference like this would have a chance of {c['p']:.2g} (McNemar)")
+        items += "<br>"
+    return f"<h2>How often is it right?</h2><p>{items}</p>{chart}{html_table(table_rows(results))}"
 
 
 def html_behaviors(results, split):
