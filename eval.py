@@ -740,8 +740,9 @@ def html_accuracy(results, comparisons):
     for c in comparisons:
         before, after = (f"{path} {found[path, c['split']]['accuracy']:.1%}"
                          for path in (c["before"], c["after"]))
-        items += html.escape(f"{SPLITS.get(c['split'], c['split'])}: {before} right, {after}; were both equally "
-                             f"good, a difference like this would have a chance of {c['p']:.2g} (McNemar)")
+        items += html.escape(f"{SPLITS.get(c['split'], c['split'])}: {before} right, {after}; were both "
+                             f"equally good, so large a difference would have a chance of {c['p']:.2g} "
+                             "(McNemar)")
         items += "<br>"
     return f"<h2>How often is it right?</h2><p>{items}</p>{chart}{html_table(table_rows(results))}"
 
