@@ -389,9 +389,14 @@ def read_arguments():
         raise data.InputError("--plot: drawing needs matplotlib; pip install matplotlib")
     if args.curves and not args.plot:
         raise data.InputError("--curves needs --plot FILE.png to draw into")
-    for path in filter(None, (args.json, args.plot, args.results)):
-        if not os.path.isdir(os.path.dirname(path) or "."):
-            raise data.InputError(f"{path}: its folder does not exist")
+    if args.plot and not args.plot.endswith((".png", ".pdf", ".svg")):
+        raise data.InputError(f"--plot {args.plot}: must end in .png, .pdf or .svg")
+    read = [*(args.ckpt or ()), *(args.data or ()), *(args.curves or ()), args.report]
+    data.claim([("--json", args.json, (b'{"checkpoints"',)), ("--results", args.results, (b"task,", b"method,")),
+                ("--plot", args.plot, (b"\x89PNG", b"%PDF", b"<?xml"))],
+               [("a file to read", path) for path in read])
+    if args.results and os.path.exists(args.results):
+        read_results(args.results)  # it will get more rows: can they be added?
     return args
 
 

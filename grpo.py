@@ -652,8 +652,10 @@ def main():
     policy = sample.load_policy(checkpoint)
     sft.fill_in(args, policy.model, PRESETS)
     source, held_out = problem_source(args, options)
-    prompts = [problem.question for problem in [*itertools.islice(source(), 64), *held_out]]
-    longest = max(len(sample.encode_prompt(policy.tokenizer, prompt)) for prompt in prompts)
+    some = itertools.islice(source(), None if args.data else 64)  # fresh problems have no end
+    prompts = [sample.encode_prompt(policy.tokenizer, problem.question) for problem in [*some, *held_out]]
+    sample.check_request(policy, prompts, args.n, args.max_new_tokens)
+    longest = max(map(len, prompts))
     limit = run.state.get("limit") or sampler_rows(policy, args, longest)
     announce(policy, args, options, longest, limit)
     # --lr-decay and --filter look ahead to the last step; without them a run may be made longer

@@ -201,6 +201,7 @@ def main():
         return
     if not args.out:
         raise data.InputError("--out is missing: name the JSONL file to write")
+    data.claim([("--out", args.out, (b"{",))], [("the file to read", args.file)])
     problems = data.read_problems(args.file, graph=True)
     counts = {"examples": 0, "steps": 0, "reflections": 0, "analyses": 0, "subgoals": 0}
     data.write_records(args.out, make_records(problems, args.file, args.method, options, counts))

@@ -22,7 +22,6 @@ import itertools
 import json
 import math
 import os
-import pickle
 import sys
 import time
 import zipfile
@@ -86,16 +85,47 @@ def load_policy(path_or_name, device=None, dtype=None):
         try:
             # AutoTokenizer would rebuild some tokenizers from the model type, and lose a custom vocabulary
             tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            reason = str(error).strip().split("\n")[0]
+            model, found = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+        except Exception as error:  # whatever a damaged folder makes Hugging Face raise
             raise InputError(f"{path}: not a .pt file, and Hugging Face cannot load it as a folder or a name "
-                             f"({reason})") from None
+                             f"({one_line(error)})") from None
         info = {"source": path}
+        if wrong := [*found["missing_keys"], *found["unexpected_keys"]]:
+            raise InputError(f"{path}: its weights do not fit its config (first: {min(wrong)})")
+    check_tensors(path, model.state_dict().values())
     if tokenizer.eos_token_id is None:
         raise InputError(f"{path}: its tokenizer has no end token, so a response could never end; "
                          "use a tokenizer with one")
+    if max(tokenizer.get_vocab().values()) >= model.get_input_embeddings().num_embeddings:
+        raise InputError(f"{path}: its tokenizer knows more tokens than its model; they do not belong together")
     return Policy(model.to(device).eval(), tokenizer, device, info)
+
+
+def one_line(error):
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def check_tensors(path, tensors, like=None):
+    """Refuse values that are not finite, or shapes other than those of `like`."""
+    tensors = list(tensors)
+    if like is not None and [t.shape for t in tensors] != [t.shape for t in like]:
+        raise InputError(f"{path}: its tensors have other shapes than the model's")
+    if not all(t.isfinite().all() for t in tensors):
+        raise InputError(f"{path}: holds numbers that are not finite; take an earlier one")
+
+
+def read_pt(path, advice):
+    """The dict in a .pt file, once the archive's own checksums have shown that no bit of it has changed
+    (torch.load does not look at them). With weights_only, loading can never run code. Raises InputError."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip() is None:
+                content = torch.load(path, map_location="cpu", weights_only=True)
+                if isinstance(content, dict):
+                    return content
+    except Exception:  # whatever damaged bytes make zipfile or PyTorch raise
+        pass
+    raise InputError(f"{path}: damaged or cut short, or not a PyTorch file; {advice}")
 
 
 def save_policy(path, policy, info=None, dtype=None):
@@ -127,22 +157,20 @@ def save_policy(path, policy, info=None, dtype=None):
 
 
 def _read_checkpoint(path, dtype):
-    """model, tokenizer, info from one of our .pt files. With weights_only, loading can never run code."""
+    """model, tokenizer, info from one of our .pt files."""
     if not os.path.isfile(path):
         raise InputError(f"{path}: no such file; make it first (sft.py writes sft.pt, grpo.py grpo.pt) "
                          "or name another")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError,
-            zipfile.BadZipFile):
-        raise InputError(f"{path}: truncated, or not a PyTorch file; write it again") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    content = read_pt(path, "write it again")
+    if content.get("format") != FORMAT:
         raise InputError(f"{path}: a PyTorch file, but not a policy of this project; "
                          "name a file that sft.py or grpo.py wrote")
-    if content["version"] != VERSION:
-        raise InputError(f"{path}: checkpoint format {content['version']}, this code reads {VERSION}; "
+    if content.get("version") != VERSION:
+        raise InputError(f"{path}: checkpoint format {content.get('version')}, this code reads {VERSION}; "
                          "write it again")
     try:
+        if not all(tensor.is_floating_point() for tensor in content["weights"].values()):
+            raise ValueError("a weight is no floating-point number")
         config = AutoConfig.for_model(**content["config"])
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         result = model.load_state_dict(content["weights"], strict=False)
@@ -151,10 +179,10 @@ def _read_checkpoint(path, dtype):
         raw = Tokenizer.from_str(parts["json"])
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, **parts["special"])
         tokenizer.chat_template = parts["chat_template"]
-        model.generation_config.eos_token_id = content["eos_ids"]
+        model.generation_config.eos_token_id, info = [*map(int, content["eos_ids"])], dict(content["info"])
     except Exception as error:  # whatever a damaged dict makes Hugging Face raise
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path}: its contents do not make a model ({reason}); write it again") from None
+        raise InputError(f"{path}: its contents do not make a model ({one_line(error)}); "
+                         "write it again") from None
     state = model.state_dict()
     loaded = {tensor.data_ptr() for name, tensor in state.items() if name in content["weights"]}
     # a tied head is not missing
@@ -162,7 +190,7 @@ def _read_checkpoint(path, dtype):
     if missing or result.unexpected_keys:
         first = (missing + result.unexpected_keys)[0]
         raise InputError(f"{path}: weights do not fit the config (first: {first}); write it again")
-    return model, tokenizer, content["info"]
+    return model, tokenizer, info
 
 
 def export_policy(policy, folder):
@@ -177,7 +205,7 @@ def export_policy(policy, folder):
 
 def default_checkpoint(name=None):
     """The checkpoint to use: `name` if given, else sft.pt, else the tiny base (a line on stderr says so)."""
-    if name:
+    if name is not None:
         if str(name).endswith(".pt") and not os.path.isfile(name):
             raise InputError(f"{name}: no such file (--ckpt); run sft.py first or name another checkpoint")
         return str(name)
@@ -211,7 +239,10 @@ def encode_prompt(tokenizer, question):
     """Token ids of the prompt. It always ends with the opening <think>, once, and holds at most one BOS."""
     if tokenizer.chat_template:
         messages = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": question}]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        try:
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template is a program, some refuse a system message
+            raise InputError(f"the tokenizer's chat template fails ({one_line(error)})") from None
         if text.rstrip().endswith("<think>"):  # templates of "thinking" models write it themselves
             text = text.rstrip().removesuffix("<think>")
         bos = []                                             # the template writes its own where it wants one
@@ -704,19 +735,23 @@ def closes(tokenizer, tokens):
         "</answer>" in tokenizer.decode(tokens[-12:], clean_up_tokenization_spaces=False)
 
 
+def context(policy):
+    """How many tokens the model can read, prompt and response together."""
+    return getattr(policy.model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+
+
 def check_request(policy, prompts, n, max_new_tokens):
     if n < 1 or max_new_tokens < 1:
         raise InputError(f"n and --max-new-tokens must be at least 1, not {n} and {max_new_tokens}")
     if not all(prompts):
         raise InputError("an empty prompt has no last token to continue from")
-    context = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
-    longest = max(map(len, prompts))
-    if longest > context - 1:
-        raise InputError(f"a prompt of {longest} tokens leaves no room in the model's context of {context}; "
+    room, longest = context(policy), max(map(len, prompts))
+    if longest > room - 1:
+        raise InputError(f"a prompt of {longest} tokens leaves no room in the model's context of {room}; "
                          "use shorter problems")
-    if longest + max_new_tokens > context:
+    if longest + max_new_tokens > room:
         raise InputError(f"a prompt of {longest} tokens and --max-new-tokens {max_new_tokens} exceed the "
-                         f"model's context of {context}; lower --max-new-tokens to {context - longest}")
+                         f"model's context of {room}; lower --max-new-tokens to {room - longest}")
 
 
 def prefill(engine, waiting, cached, ready, free):

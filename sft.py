@@ -113,6 +113,7 @@ class Optimizer:
 
     @torch.no_grad()
     def load_state(self, state):
+        sample.check_tensors("the saved state", state.get("master", ()), self.master)
         self.adam.load_state_dict(state["adam"])
         for param, master, saved in zip(self.params, self.master, state["master"]):
             master.copy_(saved)
@@ -194,11 +195,13 @@ class Log:
         rows = []
         if keep:
             try:
-                with open(path, newline="") as file:
-                    rows = list(csv.reader(file))[1:keep + 1]
-            except OSError as error:
-                raise data.InputError(f"{path}: the log of the run to go on with cannot be read "
-                                      f"({error.strerror}); put it back") from None
+                with open(path, newline="", encoding="utf-8") as file:
+                    header, *rows = list(csv.reader(file))[:keep + 1]
+            except (OSError, ValueError, csv.Error):
+                header = None
+            if header != columns or len(rows) < keep:
+                raise data.InputError(f"{path}: not the log of the run to go on with, which has {keep} rows "
+                                      "at least; put it back")
         with data.replacing(path) as file:
             csv.writer(file).writerows([columns, *rows])
         self.file, self.columns = open(path, "a", newline=""), columns
@@ -211,16 +214,17 @@ class Log:
 
 
 class CtrlC:
-    """Inside `with run.ctrl_c:` the first Ctrl-C is a wish (asked), granted at the end of the step: half a
-    step cannot be resumed. The second stops at once; what was saved before stays whole."""
+    """Inside `with run.ctrl_c:` the first Ctrl-C or SIGTERM is a wish (asked), granted at the end of the step:
+    half a step cannot be resumed. The second stops at once; what was saved before stays whole."""
     asked = False
 
     def __enter__(self):
-        self.before = signal.signal(signal.SIGINT, self.ask)
+        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_):
-        signal.signal(signal.SIGINT, self.before)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def ask(self, *_):
         if self.asked:
@@ -243,19 +247,19 @@ def identity(args, model, free=()):
         checksum = zlib.crc32(p.detach().cpu().contiguous().view(torch.uint8).numpy(), checksum)
     same["a model with checksum"] = checksum
     if args.data:
-        same["--data with checksum"] = zlib.crc32(open(args.data, "rb").read())
+        with open(args.data, "rb") as file:
+            same["--data with checksum"] = zlib.crc32(file.read())
     return same
 
 
 def set_aside(path):
-    """Rename a finished result and its CSV to the next free name: a new run never loses an old one."""
-    stem = path.removesuffix(".pt")
-    if os.path.exists(path):
-        number = next(i for i in itertools.count(1) if not os.path.exists(f"{stem}.{i}.pt"))
-        os.replace(path, f"{stem}.{number}.pt")
-        if os.path.exists(f"{stem}.csv"):
-            os.replace(f"{stem}.csv", f"{stem}.{number}.csv")
-        print(f"{path} existed: renamed to {stem}.{number}.pt")
+    """Rename an old result and its log to the next free name: a new run never loses one."""
+    stem, endings = path.removesuffix(".pt"), (".pt", ".csv")
+    old = [ending for ending in endings if os.path.exists(stem + ending)]
+    number = next(i for i in itertools.count(1) if not any(os.path.exists(f"{stem}.{i}{e}") for e in endings))
+    for ending in old:
+        os.replace(stem + ending, f"{stem}.{number}{ending}")
+        print(f"{stem}{ending} existed: renamed to {stem}.{number}{ending}")
 
 
 class Run:
@@ -271,18 +275,18 @@ class Run:
             if not resume:
                 raise data.InputError(f"{self.path} holds an unfinished run: pass --resume to go on, "
                                       "another --out, or delete that file")
-            try:
-                self.state = torch.load(self.path, map_location="cpu", weights_only=True)
-                self.state["step"], self.state["flags"], self.state["optimizer"]
-            except Exception:
-                raise data.InputError(f"{self.path}: not a saved state, or damaged; "
-                                      "delete it to start anew") from None
+            self.state = sample.read_pt(self.path, "delete it to start anew")
+            kinds = {"step": int, "flags": dict, "optimizer": dict}
+            if not all(isinstance(self.state.get(name), kind) for name, kind in kinds.items()):
+                raise data.InputError(f"{self.path}: not a saved state; delete it to start anew")
         elif resume and os.path.exists(out):
             print(f"{out} is finished: nothing to resume")
             raise SystemExit(0)
+        elif resume:
+            print(f"there is no {self.path}, so nothing to resume: starting anew")
         # what a kill during a save left behind
         for path in (out, self.path, out.removesuffix(".pt") + ".csv"):
-            for leftover in glob.glob(glob.escape(path) + "*.tmp"):
+            for leftover in glob.glob(glob.escape(path + data.OURS) + "*.tmp"):
                 os.remove(leftover)
 
     def begin(self, args, model, free=()):
@@ -356,8 +360,8 @@ def refuse(args, parser, flags, why):
 
 
 def check_files(args, parser, start):
-    """Refuse flags that contradict each other on what is read, and outputs that could not be written at the
-    end of a long run. start: the file or name that the weights come from."""
+    """Refuse flags that contradict each other on what is read, and claim what the run will write. start: the
+    file or name that the weights come from."""
     if args.data:
         drawing = ("task", "ops", "size", "tidy", "depth", "redundancy", "names", "max_answer", "max_value")
         refuse(args, parser, drawing, "with --data, which brings its problems")
@@ -365,15 +369,14 @@ def check_files(args, parser, start):
         refuse(args, parser, ("depth", "redundancy", "names"), "with --task igsm")
     else:
         refuse(args, parser, ("ops", "size", "tidy"), f"with --task {args.task}")
-    folder = os.path.dirname(args.out) or "."
-    if not args.out.endswith(".pt") or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-        raise data.InputError(f"--out {args.out}: must end in .pt and lie in a folder that exists and can be "
-                              "written")
-    if os.path.abspath(start) == os.path.abspath(args.out):
-        raise data.InputError(f"--out {args.out}: is the file that the run starts from; name another one")
-    empty = args.export and os.path.isdir(args.export) and not os.listdir(args.export)
-    if args.export and os.path.exists(args.export) and not empty and not args.resume:
-        raise data.InputError(f"--export {args.export}: exists already; name a new folder")
+    stem = args.out.removesuffix(".pt")
+    if stem == args.out or stem.endswith(".state"):
+        raise data.InputError(f"--out {args.out}: must end in .pt, but not in .state.pt")
+    data.claim([("--out", args.out, (b"",)),  # an old result and its log are set aside
+                ("--out", f"{stem}.csv", (b"step,", b"pool,")), ("--out", f"{stem}.state.pt", (b"",)),
+                ("--export", args.export, None)],
+               [("the file that the run starts from", start), ("the file of --data", args.data),
+                ("the file of --start", getattr(args, "start", None))])
 
 
 # -------------------------------------------------------------------------------------------- 6. The SFT loop
@@ -384,7 +387,8 @@ def load_examples(policy, problems, max_length):
                  sample.encode_response(policy.tokenizer, problem.response)) for problem in problems]
     kept = [(prompt, response) for prompt, response in examples if len(prompt) + len(response) <= max_length]
     if not kept:
-        raise data.InputError(f"every example is longer than --max-length {max_length} tokens: raise it")
+        raise data.InputError(f"every example is longer than --max-length {max_length} tokens: raise it, up "
+                              "to the model's context")
     if len(kept) < len(examples):
         print(f"{len(examples) - len(kept)} of {len(examples)} examples are longer than "
               f"--max-length {max_length} tokens: left out")
@@ -752,6 +756,7 @@ class MuonAdamW:
 
     @torch.no_grad()
     def load_state(self, state):
+        sample.check_tensors("the saved state", state.get("params", ()), self.params)
         for part, saved in zip(self.parts, state["parts"]):
             part.load_state_dict(saved)
         for param, saved in zip(self.params, state["params"]):
@@ -909,6 +914,7 @@ def main():
     run = Run(args.out, args.resume)
     policy = sample.load_policy(start)
     fill_in(args, policy.model, PRESETS)
+    args.max_length = min(args.max_length, sample.context(policy))
     examples = load_examples(policy, answered_problems(args, options), args.max_length)
     lengths = [len(prompt) + len(response) for prompt, response in examples]
     tokens = max(args.micro_tokens, *lengths)
