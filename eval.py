@@ -392,7 +392,8 @@ def read_arguments():
     if args.plot and not args.plot.endswith((".png", ".pdf", ".svg")):
         raise data.InputError(f"--plot {args.plot}: must end in .png, .pdf or .svg")
     read = [*(args.ckpt or ()), *(args.data or ()), *(args.curves or ()), args.report]
-    data.claim([("--json", args.json, (b'{"checkpoints"',)), ("--results", args.results, (b"task,", b"method,")),
+    data.claim([("--json", args.json, (b'{"checkpoints"',)),
+                ("--results", args.results, (b"task,", b"method,")),
                 ("--plot", args.plot, (b"\x89PNG", b"%PDF", b"<?xml"))],
                [("a file to read", path) for path in read])
     if args.results and os.path.exists(args.results):

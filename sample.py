@@ -97,7 +97,8 @@ def load_policy(path_or_name, device=None, dtype=None):
         raise InputError(f"{path}: its tokenizer has no end token, so a response could never end; "
                          "use a tokenizer with one")
     if max(tokenizer.get_vocab().values()) >= model.get_input_embeddings().num_embeddings:
-        raise InputError(f"{path}: its tokenizer knows more tokens than its model; they do not belong together")
+        raise InputError(f"{path}: its tokenizer knows more tokens than its model; use the two that belong "
+                         "together")
     return Policy(model.to(device).eval(), tokenizer, device, info)
 
 

@@ -214,8 +214,8 @@ class Log:
 
 
 class CtrlC:
-    """Inside `with run.ctrl_c:` the first Ctrl-C or SIGTERM is a wish (asked), granted at the end of the step:
-    half a step cannot be resumed. The second stops at once; what was saved before stays whole."""
+    """Inside `with run.ctrl_c:` the first Ctrl-C or SIGTERM is a wish (asked), granted at the end of the
+    step: half a step cannot be resumed. The second stops at once; what was saved before stays whole."""
     asked = False
 
     def __enter__(self):

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 import data, sample, sft
 from conftest import ROOT
 
+NORM = "model.norm.weight"
 FEW = ["--n", 8, "--batch", 4, "--ops", 1, 1]  # an SFT run of two steps
 SHORT = ["--steps", 2, "--prompts", 2, "--n", 2, "--max-new-tokens", 6, "--ops", 1, 1, "--eval-every", 0]
 
@@ -56,8 +57,8 @@ def contents(folder):
     ("grpo.py --ckpt", ["--ckpt ''"]), ("sft.py --data", ["--data ''"]), ("eval.py --json", ["--json ''"])])
 def test_outputs_are_claimed_before_anything_is_computed(command, words, script, tmp_path, tiny_file,
                                                          monkeypatch):
-    """Bugs: data, a checkpoint or somebody's notes overwritten; two outputs in one file; a name that turns out
-    not to be writable after hours; an empty name taken for none."""
+    """Bugs: data, a checkpoint or somebody's notes overwritten; two outputs in one file; a name that turns
+    out not to be writable after hours; an empty name taken for none."""
     for name in ("a.pt", "other.pt"):
         shutil.copy(tiny_file, tmp_path / name)
     (tmp_path / "link.pt").symlink_to("a.pt")
@@ -188,7 +189,7 @@ def smaller_model(folder):
     (lambda f: (f / "model.safetensors").unlink(), "model.safetensors"),
     (lambda f: changed_folder(f, lambda w: {n: t for n, t in w.items() if "1.mlp" not in n}), "1.mlp"),
     (lambda f: changed_folder(f, lambda w: w | {"extra": torch.zeros(2)}), "extra"),
-    (lambda f: changed_folder(f, lambda w: w | {"model.norm.weight": torch.zeros(3)}), "folder"),
+    (lambda f: changed_folder(f, lambda w: w | {NORM: torch.zeros(3)}), "folder"),
     (lambda f: changed_folder(f, lambda w: {n: t * float("inf") for n, t in w.items()}), "not finite"),
     (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:9000]), "folder"),
     (lambda f: (f / "config.json").write_text("{"), "folder"),
@@ -207,11 +208,11 @@ def test_damaged_folders_are_refused(change, words, tmp_path, tiny):
 
 
 @pytest.mark.parametrize("change, words", [
-    (lambda c: c["weights"]["model.norm.weight"].fill_(float("nan")), "not finite"),
-    (lambda c: c["weights"].update({"model.norm.weight": torch.zeros(3)}), "do not make a model"),
-    (lambda c: c["weights"].update({"model.norm.weight": torch.zeros(32, dtype=torch.int8)}), "floating-point"),
+    (lambda c: c["weights"][NORM].fill_(float("nan")), "not finite"),
+    (lambda c: c["weights"].update({NORM: torch.zeros(3)}), "do not make a model"),
+    (lambda c: c["weights"].update({NORM: torch.zeros(32, dtype=torch.int8)}), "floating-point"),
     (lambda c: c["weights"].update(extra=torch.zeros(3)), "extra"),
-    (lambda c: c["weights"].pop("model.norm.weight"), "model.norm.weight"),
+    (lambda c: c["weights"].pop(NORM), NORM),
     (lambda c: c.pop("version"), "format None"), (lambda c: c.pop("info"), "do not make a model"),
     (lambda c: c.update(eos_ids="end"), "do not make a model")])
 def test_damaged_checkpoints_are_refused(change, words, tmp_path, tiny_file):
