@@ -112,7 +112,7 @@ def check_tensors(path, tensors, like=None):
     if like is not None and [t.shape for t in tensors] != [t.shape for t in like]:
         raise InputError(f"{path}: its tensors have other shapes than the model's")
     if not all(t.isfinite().all() for t in tensors):
-        raise InputError(f"{path}: holds numbers that are not finite; take an earlier one")
+        raise InputError(f"{path}: some of its numbers are not finite; take or make another one")
 
 
 def read_pt(path, advice):
@@ -141,6 +141,7 @@ def save_policy(path, policy, info=None, dtype=None):
         stored.add(tensor.data_ptr())
         kept = dtype if dtype and tensor.is_floating_point() else tensor.dtype
         weights[name] = tensor.detach().to("cpu", kept).contiguous()
+    check_tensors(path, weights.values())
     tokenizer = policy.tokenizer
     special = {k: str(v) for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
     content = {

@@ -320,6 +320,13 @@ def test_all_prompts_of_a_file_are_measured_before_the_first_step(script, tmp_pa
     assert not (tmp_path / "grpo.csv").exists()
 
 
+def test_weights_that_blew_up_are_not_written(script, tmp_path, tiny_file):
+    """Bug: the last update makes infinite weights, which no later loss can show: saved, and "done"."""
+    refused(script("sft.py", "--model", tiny_file, *FEW, "--n", 4, "--weight-decay", 1e300), "sft.pt", "not finite")
+    refused(script("sft.py", "--model", tiny_file, *FEW, "--weight-decay", "inf"), "--weight-decay: inf")
+    assert not (tmp_path / "sft.pt").exists()
+
+
 def test_max_length_is_bound_by_the_context(tiny, script, tmp_path):
     """Bug: trained on positions that the model does not have, since --max-length is 2048 whatever the context."""
     policy = tiny()
