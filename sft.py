@@ -372,9 +372,10 @@ def check_files(args, parser, start):
     stem = args.out.removesuffix(".pt")
     if stem == args.out or stem.endswith(".state"):
         raise data.InputError(f"--out {args.out}: must end in .pt, but not in .state.pt")
+    exported = args.resume and os.path.exists(args.out)  # a run that was killed so late has begun its folder
     data.claim([("--out", args.out, (b"",)),  # an old result and its log are set aside
                 ("--out", f"{stem}.csv", (b"step,", b"pool,")), ("--out", f"{stem}.state.pt", (b"",)),
-                ("--export", args.export, None)],
+                ("--export", None if exported else args.export, None)],
                [("the file that the run starts from", start), ("the file of --data", args.data),
                 ("the file of --start", getattr(args, "start", None))])
 

@@ -89,8 +89,8 @@ def test_process_counts_right_answers_with_sound_steps(told):
 
 
 def test_figures_of_known_hits(told):
-    """Bugs: rates over another number than the problems'; a rollout's hit counted for another problem; hits and
-    problems in another order, so that McNemar pairs strangers."""
+    """Bugs: rates over another number than the problems'; a rollout's hit counted for another problem; hits
+    and problems in another order, so that McNemar pairs strangers."""
     answer = "</think>\n<answer>\n\\boxed{{{}}}\n</answer>".format
     problems = [data.Problem("What is it?", x, "", {}) for x in (1, 2, 2, 3, 4)]
     texts = [[answer(1), answer(1), "no"], [answer(9), answer(2), answer(2)], ["no", "no", answer(1)],

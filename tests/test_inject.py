@@ -107,7 +107,8 @@ def test_each_behavior_has_its_probability(problems):
             (_, text), = inject.augment(problem, "bridge", p=p)
             report = data.check_trace(problem, text)
             locked = any(problem.nodes[node].parents for node, _ in plain_steps(problem, problem.response))
-            described = sum(problem.nodes[node].text != "" for node, _ in plain_steps(problem, problem.response))
+            described = sum(problem.nodes[node].text != ""
+                            for node, _ in plain_steps(problem, problem.response))
             assert report.analyses == p["analysis"] * described
             assert bool(report.reflections) == bool(p["reflection"] and locked)
 
