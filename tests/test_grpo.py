@@ -471,13 +471,17 @@ def test_adamw_by_hand(tiny, batch):
 
 def test_seeds_are_distinct_over_runs_and_steps(tiny, monkeypatch):
     """Bugs: seed + step, so that step 2 of seed 0 draws what step 1 of seed 1 drew; the same draws in the
-    filter."""
-    seeds = []
-    monkeypatch.setattr(sample, "generate", lambda *_, seed, **__: seeds.append(seed) or [])
-    policy = tiny()
+    filter; a sampler at temperature 1."""
+    seeds, policy = [], tiny()
+
+    def spy(_, prompts, n, max_new_tokens, max_batch, temperature, seed):
+        assert (n, max_new_tokens, max_batch, temperature) == (2, 20, 5, 0.7)
+        seeds.append(seed)
+        return []
+    monkeypatch.setattr(sample, "generate", spy)
     for seed in range(4):
         for step in (*range(-500, 0, 20), *range(0, 1000)):
-            grpo.roll_out(policy, [], arguments(seed=seed), step, 2)
+            grpo.roll_out(policy, [], arguments(seed=seed, temperature=0.7), step, 2, 5)
     assert len(set(seeds)) == len(seeds) == 4 * 1025
 
 
