@@ -1190,9 +1190,11 @@ def place(path):
 
 
 def is_ours(path, starts):
-    """Whether what is there is empty or begins in one of these ways (None: whether it is an empty folder)."""
-    if starts is None or not os.path.isfile(path):
-        return starts is None and os.path.isdir(path) and not os.listdir(path)
+    """Whether what is there is an empty folder (starts None), or a file that is empty or begins like this."""
+    if starts is None:
+        return os.path.isdir(path) and not os.listdir(path)
+    if not os.path.isfile(path):
+        return False
     with open(path, "rb") as file:
         start = file.read(64)
     return not start or start.startswith(starts)
@@ -1200,7 +1202,7 @@ def is_ours(path, starts):
 
 def lock(path):
     """Hold the lock file `path` until `release`. Raises BlockingIOError where another process does."""
-    while fcntl:
+    while fcntl and all(file.name != path for file in CLAIMED):
         file = open(path, "a")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
