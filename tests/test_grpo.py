@@ -321,12 +321,12 @@ def by_the_book(model, reference, rollouts, args, old=None):
 
 
 def uneven(batch):
-    """The batch with responses of 7 to 20 tokens, from a sampler that is a little off: --norm, --tis and
-    --max-kl have something to do."""
+    """The batch with responses of 7 to 20 tokens, its flat group first, from a sampler that is a little off:
+    --norm, --drop-flat, --tis and --max-kl have something to do."""
     noise, lengths = Random(0), [20 - 5 * i % 14 for i in range(12)]
     return replace(batch, examples=[(p, r[:length]) for (p, r), length in zip(batch.examples, lengths)],
                    logprobs=[[x + noise.gauss(0, 0.1) for x in row[:length]]
-                             for row, length in zip(batch.logprobs, lengths)])
+                             for row, length in zip(batch.logprobs, lengths)], rewards=batch.rewards.flip(0))
 
 
 MOVED = 0.0275  # a mean KL that about half of the rollouts are above
@@ -508,10 +508,12 @@ def test_problems_of_sft_rl_and_validation_are_disjoint(tmp_path):
     assert [p.answer for p, _ in zip(stream(2), range(3))] == [5, 7, 0]
 
 
-def test_patience_counts_across_a_resume(script, tmp_path, tiny_file, monkeypatch):
-    """Bug: a run that is killed now and then waits for ever for a mixed group."""
+def test_what_was_watched_survives_a_resume(script, tmp_path, tiny_file, monkeypatch):
+    """Bugs: a run that is killed now and then waits for ever for a mixed group; a late drift that stops a
+    resumed run, as if it were its first."""
     base = ["grpo.py", "--ckpt", tiny_file, "--steps", 50, *SMALL[:-1], 5]
-    row = sft.Log.row
+    row, seen = sft.Log.row, []
+    monkeypatch.setattr(grpo, "watch", lambda row, args, examples, checked: seen.append(checked) or True)
 
     def interrupted(log, **values):
         row(log, **values)
@@ -520,7 +522,7 @@ def test_patience_counts_across_a_resume(script, tmp_path, tiny_file, monkeypatc
     monkeypatch.setattr(sft.Log, "row", interrupted)
     assert script(*base).returncode == 130
     check_refusal(script(*base, "--resume"), ["no mixed group in 5 steps"])
-    assert len(outcome_rows(tmp_path / "grpo.csv")) == 5
+    assert len(outcome_rows(tmp_path / "grpo.csv")) == 5 and seen == [False, True, True, True, True]
 
 
 def outcome_rows(path):
