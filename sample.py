@@ -32,6 +32,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig,
                           LlamaForCausalLM, PreTrainedTokenizerFast)
@@ -211,7 +212,10 @@ def export_policy(policy, folder):
     model.config.save_pretrained(folder)                               # AutoTokenizer looks at the model type
     if model.config.model_type == "qwen2" and not _same_ids(policy, folder):
         model = as_llama(model)
-    model.save_pretrained(folder)
+    try:
+        model.save_pretrained(folder)
+    except SafetensorError as error:  # a full disk
+        raise InputError(f"{folder}: cannot be written ({one_line(error)})") from None
     # transformers 4.57 knows rope_theta and rope_scaling, not rope_parameters, and would take theta 10,000
     rope = dict(getattr(model.config, "rope_parameters", None) or {})
     theta = rope.pop("rope_theta", None)

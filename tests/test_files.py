@@ -242,10 +242,10 @@ def test_text_is_validated_when_it_is_read(question, words, tmp_path):
 
 @pytest.fixture
 def small_disk():
-    """Files of at most 20 kB, as on a disk that is full."""
+    """Files of at most 60 kB, as on a disk that is full."""
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, hard))
     yield
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
@@ -257,6 +257,8 @@ def test_a_full_disk_is_one_sentence(small_disk, script, tmp_path, tiny_file):
     refused(script("sft.py", "--model", tiny_file, *FEW), "sft.pt" + cannot)
     refused(script("data.py", "--n", 100, "--ops", 5, 5, "--out", "big.jsonl"), "big.jsonl" + cannot)
     assert sorted(contents(tmp_path)) == ["big.jsonl", "sft.csv"]
+    with pytest.raises(data.InputError, match="folder: cannot be written"):
+        sample.export_policy(sample.load_policy(tiny_file, device="cpu"), tmp_path / "folder")
     assert (tmp_path / "big.jsonl").read_text() == "{}\n"
 
 
