@@ -40,9 +40,7 @@ import data
 from data import InputError
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 1. The policy and its checkpoint
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------- 1. The policy and its checkpoint
 FORMAT, VERSION = "bridge-policy", 1
 TINY_BASE = Path(__file__).parent / "results" / "tiny" / "base.pt"
 
@@ -199,9 +197,7 @@ def describe(policy):
             f"log-prob kernel: {_pick_backend('auto', first)}; sampler: {step}")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 2. The prompt: the only place where text becomes tokens and tokens text
-# ------------------------------------------------------------------------------------------------------------
+# ------------------------------------ 2. The prompt: the only place where text becomes tokens and tokens text
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 SYSTEM_PROMPT = ("Solve the user's problem. First reason step by step inside <think> and </think>, "
                  "then give the result inside <answer> and </answer> as \\boxed{integer}.")
@@ -243,9 +239,7 @@ def decode(tokenizer, tokens):
     return tokenizer.decode([t for t in tokens if t not in hidden], clean_up_tokenization_spaces=False)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 3. The sampler
-#
+# --------------------------------------------------------------------------------------------- 3. The sampler
 # To draw the next token, attention needs the keys and values of all tokens before it. They never change, so
 # they are computed once and kept: the *KV cache*. *Prefill* runs a whole prompt through the model at once and
 # fills the cache. A *decode step* feeds each response its last token alone, adds that token's keys and values
@@ -256,7 +250,6 @@ def decode(tokenizer, tokens):
 # A *row* is one response on its way, a *group* the n rows of one prompt. The prompt's keys and values (all
 # but its last token's) are cached once and read by the whole group; what follows is the row's own. A *slot*
 # is the place of one prompt, or of one row, in its cache. A row leaves when it has ended.
-# ------------------------------------------------------------------------------------------------------------
 @dataclass(slots=True)
 class Rollout:
     """One sampled response: token ids (end token included), their log-probs in nats, and why it stopped.
@@ -790,9 +783,7 @@ def generate(policy, prompts, n=1, max_new_tokens=512, temperature=1.0, seed=0, 
     return [[row.rollout for row in group.rows] for group in groups]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 4. Accuracy
-# ------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------ 4. Accuracy
 def greedy_accuracy(policy, problems, max_new_tokens=512, max_batch=None):
     """Greedy answers to `problems` (objects with .question and .answer), scored by data.reward.
 
@@ -819,15 +810,12 @@ def greedy_accuracy(policy, problems, max_new_tokens=512, max_batch=None):
     }
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 5. Log-probabilities of given tokens, and the entropy of the distribution they were drawn from
-#
+# ------------- 5. Log-probabilities of given tokens, and the entropy of the distribution they were drawn from
 # For a row x of logits (divided by the temperature) and its target y, with m = max x, d = sum e^(x - m):
 #     logprob = (x_y - m) - log d            entropy H = log d - sum e^(x - m) (x - m) / d
 #     d logprob / d x = onehot(y) - p        d H / d x = -p (log p + H)            p = e^(x - m - log d)
 # The backward pass needs four numbers a token, its stats: logprob, H, m, log d. m and log d are kept apart,
 # since their sum would round log d away where all logits share a large offset.
-# ------------------------------------------------------------------------------------------------------------
 IGNORE = -100              # a target with this value is masked: log-prob 0, entropy 0, no gradient
 
 
@@ -1114,9 +1102,7 @@ def _pick_backend(backend, tensor):
     return backend
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 6. Command
-# ------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------- 6. Command
 def machine_ceilings(device):
     """(bytes/s of a large copy, FLOP/s of a large bf16 product) of this GPU, measured now: the best of 10."""
     def best(work, function):
