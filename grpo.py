@@ -283,24 +283,17 @@ def pack(examples, tokens):
     return batches
 
 
-def padded(rows, fill):
-    """Lists of numbers -> a tensor (rows, longest), filled up on the right."""
-    out = torch.full((len(rows), max(map(len, rows))), fill)
-    for row, numbers in zip(out, rows):
-        row[:len(numbers)] = torch.tensor(numbers)
-    return out
-
-
 def make_batch(examples, logprobs, advantages, device):
     """B rows, (prompt tokens, response tokens) and the sampler's log-probs of each, as a Batch."""
     prompts, responses = zip(*examples)
     unique = list(dict.fromkeys(map(tuple, prompts)))
     tensors = dict(
-        prompts=padded([prompt[:-1] for prompt in unique], 0),
+        prompts=sample.padded([prompt[:-1] for prompt in unique], 0),
         lengths=torch.tensor([len(prompt) - 1 for prompt in unique]),
         owner=torch.tensor([unique.index(tuple(prompt)) for prompt in prompts]),
-        inputs=padded([[prompt[-1], *response[:-1]] for prompt, response in examples], 0),
-        targets=padded(responses, sample.IGNORE), sampled=padded(logprobs, 0.0), advantages=advantages)
+        inputs=sample.padded([[prompt[-1], *response[:-1]] for prompt, response in examples], 0),
+        targets=sample.padded(responses, sample.IGNORE), sampled=sample.padded(logprobs, 0.0),
+        advantages=advantages)
     tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
     kept = torch.ones(len(examples), dtype=torch.bool, device=device)
     return Batch(**tensors, mask=tensors["targets"] != sample.IGNORE, kept=kept)

@@ -43,14 +43,9 @@ def collate(examples, device, pad):
     targets[b, t] is the token after inputs[b, t] where that token belongs to the response, else -100, which
     every loss skips: only the response is trained on. Right padding under a causal mask needs no attention
     mask: no real token ever looks at a pad."""
-    width = max(len(prompt) + len(response) for prompt, response in examples) - 1
-    inputs = torch.full((len(examples), width), pad)
-    targets = torch.full((len(examples), width), sample.IGNORE)
-    for row, (prompt, response) in enumerate(examples):
-        tokens = torch.tensor(prompt + response)
-        inputs[row, :len(tokens) - 1] = tokens[:-1]
-        targets[row, len(prompt) - 1:len(tokens) - 1] = tokens[len(prompt):]
-    return inputs.to(device), targets.to(device)
+    inputs = [(prompt + response)[:-1] for prompt, response in examples]
+    targets = [[sample.IGNORE] * (len(prompt) - 1) + response for prompt, response in examples]
+    return sample.padded(inputs, pad).to(device), sample.padded(targets, sample.IGNORE).to(device)
 
 
 def micro_batches(lengths, tokens):
@@ -146,7 +141,7 @@ def predict_memory(model, tokens, *, reference=False, checkpointing=False, sampl
     config, weight = model.config, model.lm_head.weight
     V, H = weight.shape
     b, layers, P = weight.element_size(), config.num_hidden_layers, sum(p.numel() for p in model.parameters())
-    dim = getattr(config, "head_dim", None) or H // config.num_attention_heads
+    dim = sample.head_dim(config)
     Q, KV = config.num_attention_heads * dim, config.num_key_value_heads * dim
     layer = tokens * (2 * (4 + 2 * b) * H + b * (3 * Q + 2 * KV + 4 * config.intermediate_size))
     rows, length = sampler
@@ -155,7 +150,7 @@ def predict_memory(model, tokens, *, reference=False, checkpointing=False, sampl
             "reference": b * P if reference else 0,
             "activations": layers * tokens * b * H + layer if checkpointing else layers * layer,
             "head": min(chunk, b * tokens * V) + (4 + 2 * b) * V * H,  # logits, the weight's gradient
-            "sampler": rows * b * (2 * layers * KV * length + 8 * V)}
+            "sampler": rows * sample.row_bytes(model, length)}
 
 
 def free_memory(model):
