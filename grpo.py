@@ -486,7 +486,7 @@ def watch(row, args, examples, checked):
                                   "learned")
         tqdm.write(f"first mixed groups at step {step}: gradient norm {row['grad_norm']:.3g}, sampler and "
                    f"trainer agree to {row['drift_mean']:.1e} nats a token; a loss near 0 "
-                   f"({row['loss']:.1e}) is expected, see the notes above")
+                   f"({row['loss']:.1e}) is expected, see the top of grpo.py")
         return True
     return checked
 

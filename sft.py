@@ -43,9 +43,14 @@ def collate(examples, device, pad):
     targets[b, t] is the token after inputs[b, t] where that token belongs to the response, else -100, which
     every loss skips: only the response is trained on. Right padding under a causal mask needs no attention
     mask: no real token ever looks at a pad."""
-    inputs = [(prompt + response)[:-1] for prompt, response in examples]
-    targets = [[sample.IGNORE] * (len(prompt) - 1) + response for prompt, response in examples]
-    return sample.padded(inputs, pad).to(device), sample.padded(targets, sample.IGNORE).to(device)
+    width = max(len(prompt) + len(response) for prompt, response in examples) - 1
+    inputs = torch.full((len(examples), width), pad)
+    targets = torch.full((len(examples), width), sample.IGNORE)
+    for row, (prompt, response) in enumerate(examples):
+        tokens = torch.tensor(prompt + response)
+        inputs[row, :len(tokens) - 1] = tokens[:-1]
+        targets[row, len(prompt) - 1:len(tokens) - 1] = tokens[len(prompt):]
+    return inputs.to(device), targets.to(device)
 
 
 def micro_batches(lengths, tokens):
