@@ -806,7 +806,6 @@ def pretrain(policy, args, run):
             sample.save_policy(args.out, policy, vars(args) | row, dtype=torch.bfloat16)
         run.end_of_step(pool, pool + (not last), args.save_every, optimizer, seen=seen, updates=updates)
 
-
 # --------------------------------------------------------------------------------------------- 8. The command
 PRESETS = {"tiny": dict(lr=1e-3, batch=32, epochs=1, p=0.3),  # ours, for a model a thousand times smaller
            "paper": dict(lr=5e-6, batch=128, epochs=5, p=0.1)}
