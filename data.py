@@ -175,8 +175,8 @@ def draw_structure(rng, size):
     edges, spare = [], []
     for lower, upper in zip(layers, layers[1:]):
         items, owners = rng.sample(lower, len(lower)), rng.sample(upper, len(upper))
-        both = range(max(len(owners), len(items)))  # dealt like cards: the shorter row starts over
-        dealt = [(owners[i % len(owners)], items[i % len(items)]) for i in both]
+        turns = range(max(len(owners), len(items)))  # dealt like cards: the shorter row starts over
+        dealt = [(owners[i % len(owners)], items[i % len(items)]) for i in turns]
         edges += dealt
         spare += [(owner, item) for owner in upper for item in lower if (owner, item) not in dealt]
     edges += rng.sample(spare, max(0, min(size - len(edges), len(spare))))
@@ -299,8 +299,7 @@ def order_needed(rng, waiting, implied, ops, spent):
 def raise_degrees(rng, order, parents, spent, ops):
     """Stage 4 -> what `draw_needed` returns, with exactly `ops` operations.
 
-    No in-degree exceeds 4. A node with in-degree 1 takes a second edge at no cost; every further one costs an
-    operation."""
+    No in-degree exceeds 4. A node's second edge costs nothing, every further one an operation."""
     constant = {q: not parents[q] for q in parents}
     place = {q: i for i, q in enumerate(order)}
     growing = [q for q in parents if place[q] > 0]
@@ -709,8 +708,7 @@ def read_question(question, categories=None):
     """The problem's DAG from its text alone (Algorithm 1, line 1): a Problem without `response`.
 
     categories: {category: [items]}, lowest layer first; None: found among our own names. Raises ValueError
-    naming the line where the text breaks the grammar, contradicts itself, leaves a quantity undefined or is
-    too large."""
+    naming the line where the text breaks the grammar, contradicts itself, defines too little or too much."""
     *premises, asked = question.strip("\n").split("\n")
     last = f"line {len(premises) + 1}"
     name = next((name for name, task in TASKS.items() if task.read_asked(asked)), "igsm")
@@ -835,8 +833,7 @@ def operations(tokens):
 def check_equation(node, equation, letters, values, task, subgoal):
     """The equation of a step on `node` -> (its value, whether it computes subgoals). Raises Mistake.
 
-    letters, values: name -> letter, name -> value of what is known; subgoal: it must carry out one operation
-    per "="."""
+    letters, values: name -> letter, name -> value of what is known; subgoal: each "=" must do one step."""
     sides = [read_side(side) for side in equation.split(" = ")]
     if None in sides or len(sides) < 2 or len(sides[-1]) > 1 or not isinstance(sides[-1][0], int):
         raise Mistake("format", "the equation cannot be read")
@@ -1113,7 +1110,7 @@ positive = number(float, 5e-324, math.inf, "a number above 0")
 not_negative = number(float, 0, math.inf, "a number of at least 0")
 share = number(float, 0, 1, "a number from 0 to 1")
 
-# What the embedded tiny model is trained on (README, "The default"), and the operations of its OOD test.
+# What the embedded tiny model is trained on, and the operations of its out-of-distribution (OOD) test.
 TINY, TINY_OOD = dict(ops=(2, 4), max_value=100), (5, 6)
 RANGES = {"ops": (1, 30), "size": (2, 30), "depth": (1, 7), "redundancy": (0, 30), "names": (1, len(NAMES)),
           "max_answer": (1, math.inf), "max_value": (1, math.inf)}  # what may be asked for

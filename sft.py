@@ -60,8 +60,7 @@ def micro_batches(lengths, tokens):
     The gradient of a batch is the sum of its micro-batches' gradients, if each of their losses is divided by
     the whole batch's denominator."""
     groups = []
-    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        # a group's first row is its longest
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):  # a group's first is its longest
         if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= tokens:
             groups[-1].append(row)
         else:
@@ -148,7 +147,7 @@ def predict_memory(model, tokens, *, reference=False, checkpointing=False, sampl
     config, weight = model.config, model.lm_head.weight
     V, H = weight.shape
     b, layers, P = weight.element_size(), config.num_hidden_layers, sum(p.numel() for p in model.parameters())
-    dim = getattr(config, "head_dim", None) or H // config.num_attention_heads
+    dim = sample.head_dim(config)
     Q, KV = config.num_attention_heads * dim, config.num_key_value_heads * dim
     layer = tokens * (2 * (4 + 2 * b) * H + b * (3 * Q + 2 * KV + 4 * config.intermediate_size))
     rows, length = sampler
@@ -157,7 +156,7 @@ def predict_memory(model, tokens, *, reference=False, checkpointing=False, sampl
             "reference": b * P if reference else 0,
             "activations": layers * tokens * b * H + layer if checkpointing else layers * layer,
             "head": min(chunk, b * tokens * V) + (4 + 2 * b) * V * H,  # logits, the weight's gradient
-            "sampler": rows * b * (2 * layers * KV * length + 8 * V)}
+            "sampler": rows * sample.row_bytes(model, length)}
 
 
 def free_memory(model):
@@ -451,11 +450,10 @@ def train(policy, examples, args, run, log):
 # that has read only plain answers, injected ones are a competence to be learned from 2,000 examples, and RL
 # deletes what is half learned (results/tiny/regimes.md). So it reads (1) skills without answers, in a wording
 # that no answer uses, then (2) a quarter skills and the rest plain and injected answers in equal parts: SFT
-# then chooses a style and not a competence. Skip this section at first; nothing after it needs it.
+# then chooses a style and not a competence.
 SHARES = {"skill": 0.25, "plain": 0.375, "injected": 0.375}  # of the texts after the first stage
 INJECTED_P = (0.1, 0.2, 0.3, 0.5)
-# What is one token, besides names, digits and letters: the tags, the answers' wording, PromptBench's, the
-# skills'.
+# What is one token, besides names, digits and letters: tags, wording of answers, PromptBench and skills.
 PHRASES = [
     *sample.TAGS, "\\boxed", "The number of", " more than", " times", " the sum of", " the difference of",
     " and", ".\n", "How many", " does each", " have?", " = ", " + ", " - ", " * ", "- Let ",
@@ -478,8 +476,7 @@ def tiny_tokenizer():
     """A word-level tokenizer for our problems: about 1,100 tokens, 140 for an iGSM problem with 4 operations.
 
     An item's name is one token, "each <item>'s" is another, so is a PromptBench name; digits and letters are
-    single tokens, and so are the tags and the fixed phrases. Whatever else comes is spelled in characters, or
-    in bytes."""
+    single tokens, and so are the tags and PHRASES. All else is spelled in characters, or in bytes."""
     items = [item for world in data.WORLDS for groups in world.values() for group in groups for item in group]
     categories = [category for world in data.WORLDS for category in world]
     phrases = sorted(PHRASES, key=len, reverse=True)  # the longest one that fits wins
@@ -519,11 +516,10 @@ def tiny_policy(width, layers, heads, seed):
 
 @torch.no_grad()
 def take_over(policy, other):
-    """Start from another base: its layers, and the embeddings of the tokens that both know. Raises
-    InputError.
+    """Start from another base: its layers, and the embeddings of the tokens that both know.
 
     Looking things up is what a base from scratch learns last (more than 6 M tokens on a plateau); layers that
-    can do it learn the rest, for the other task too, in a fraction of that."""
+    can do it learn the rest, for the other task too, in a fraction of that. Raises InputError."""
     shape = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     if any(getattr(other.model.config, name, None) != getattr(policy.model.config, name) for name in shape):
         raise data.InputError("--start: a model of another shape; give a tiny base and its "
@@ -577,8 +573,7 @@ def missing_text(rng, problem):
 
 
 def order_text(rng, problem):
-    """The needed quantities, each after its parents, in one of the orders that do; the target must be
-    last."""
+    """The needed quantities, each after its parents, in any order that does; only the last is certain."""
     waiting, solved, pieces = data.needed_nodes(problem.nodes, problem.target), set(), []
     while waiting:
         name = rng.choice([q for q in waiting if solved.issuperset(problem.nodes[q].parents)])
@@ -599,8 +594,7 @@ def tree_text(rng, problem):
 
 
 def letters_text(rng, problem):
-    """Formulas in letters and in numbers, with values that are drawn and not computed: binding without
-    arithmetic."""
+    """Formulas in letters and in numbers, with values drawn, not computed: binding without arithmetic."""
     pieces, letters, values = [], {}, {}
     for name in data.needed_nodes(problem.nodes, *rng.sample(list(problem.nodes), len(problem.nodes))):
         node = problem.nodes[name]
@@ -672,9 +666,8 @@ def encode_text(tokenizer, text):
 
 
 class Exam:
-    """What the log says of a base: of each skill's predictable tokens, the share that it gets right,
-    teacher-forced, on validation problems; and the share of these that one rollout at temperature 1 answers
-    rightly."""
+    """What the log says of a base, on validation problems: the share of each skill's predictable tokens that
+    it gets right, the text before them given; and the share right of one rollout each at temperature 1."""
 
     def __init__(self, policy, args):
         rng, options = Random(f"held out {args.seed}"), CURRICULUM[args.task][2] | COMMON[args.task]
@@ -709,11 +702,8 @@ class Exam:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose singular values are all set to about 1 (Jordan et al. 2024), scaled to the size of an
-    AdamW update.
-
-    PyTorch's own does the same in bf16, which a CPU without bf16 products multiplies 20 times slower than
-    fp32."""
+    """Momentum whose singular values are all set to about 1 (Jordan et al. 2024), at the size of an AdamW
+    update. PyTorch's own does the same in bf16, 20 times slower than fp32 on a CPU without bf16 products."""
 
     def __init__(self, params, lr, momentum=0.95, weight_decay=0.01):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
@@ -780,10 +770,9 @@ def draw_pool(tokenizer, number, progress, args):
 
 
 def pretrain_step(policy, batch, optimizer, factor):
-    """One update on the mean log-prob of the responses' tokens, in bf16 where the machine has it -> the
-    loss."""
+    """One update on the mean log-prob of the responses' tokens -> the loss."""
     model, kind = policy.model, policy.device.type
-    # a CPU without bf16 products would take 20 times as long as with fp32
+    # bf16 where the machine has it: a CPU without would take 20 times as long as with fp32
     bf16 = kind == "cuda" or (kind == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported())
     inputs, targets = collate(batch, policy.device, policy.tokenizer.pad_token_id)
     kept = targets != sample.IGNORE
@@ -797,14 +786,13 @@ def pretrain_step(policy, batch, optimizer, factor):
 
 
 def schedule(updates, progress):
-    """The share of the full learning rate: rise over 50 updates, hold, fall over the last 30% of tokens."""
+    """The share of the full learning rate: rise over 50 updates, hold, fall over the last 30% of the tokens
+    (the fall is worth more than twice the tokens)."""
     return min(1.0, (updates + 1) / 50, max(0.02, (1 - progress) / 0.3))
 
 
 def pretrain(policy, args, run):
-    """Train a tiny base on `args.tokens` tokens: skills first, then answers, short problems before long ones.
-
-    Small batches; the learning rate falls over the last 30%, which is worth more than twice the tokens."""
+    """Train a tiny base on `args.tokens` tokens: skills first, then answers; short problems first."""
     optimizer = MuonAdamW(policy.model, args.lr)
     pool, seen, updates = run.state["step"], run.state.get("seen", 0), run.state.get("updates", 0)
     if pool:
