@@ -832,9 +832,16 @@ def read_arguments():
         raise data.InputError("--plot, --html: drawing needs matplotlib; pip install matplotlib")
     if args.curves and not args.plot:
         raise data.InputError("--curves needs --plot FILE.png to draw into")
-    for path in filter(None, (args.json, args.plot, args.results, args.html)):
-        if not os.path.isdir(os.path.dirname(path) or "."):
-            raise data.InputError(f"{path}: its folder does not exist")
+    if args.plot and not args.plot.endswith((".png", ".pdf", ".svg")):
+        raise data.InputError(f"--plot {args.plot}: must end in .png, .pdf or .svg")
+    read = [*(args.ckpt or ()), *(args.data or ()), *(args.curves or ()), args.report]
+    data.claim([("--json", args.json, (b'{"checkpoints"',)),
+                ("--results", args.results, (b"task,", b"method,")),
+                ("--plot", args.plot, (b"\x89PNG", b"%PDF", b"<?xml")),
+                ("--html", args.html, (b"<!DOCTYPE html>",))],
+               [("a file to read", path) for path in read])
+    if args.results and os.path.exists(args.results):
+        read_results(args.results)  # it will get more rows: can they be added?
     return args
 
 
@@ -937,8 +944,9 @@ def measure_all(args, splits):
         policy = sample.load_policy(name)
         if not results:
             print(sample.describe(policy))
-        scores = {split: measure(policy, problems, args.max_new_tokens, args.samples, args.seed, analyses,
-                                 args.micro_tokens) for split, problems in splits.items()}
+        scores = {split: measure(policy, problems, args.max_new_tokens, args.samples, args.seed,
+                                 analyses=analyses, micro_tokens=args.micro_tokens)
+                  for split, problems in splits.items()}
         results.append({"path": name, "splits": scores})
         if args.results:
             write_results(args.results, cells(policy, name, splits, scores))
