@@ -654,6 +654,19 @@ def show(tokens):
     return " ".join(map(str, tokens)).replace("( ", "(").replace(" )", ")")
 
 
+def subgoal_chain(numbers):
+    """The sides that one operation per "=" adds to an equation, down to its value.
+
+    >>> subgoal_chain((13, "+", 5, "+", 6))
+    [(18, '+', 6), (24,)]
+    """
+    sides = []
+    while len(numbers) > 1:
+        numbers = reduce_once(numbers)
+        sides.append(numbers)
+    return sides
+
+
 def write_response(problem, steps):
     """Steps -> the whole assistant turn (`<think>` ... `</answer>`)."""
     task, letters, values, lines = TASKS[problem.task], {s.node: s.letter for s in steps}, {}, []
@@ -669,9 +682,8 @@ def write_response(problem, steps):
             sides = [step.letter, show(letters.get(t, t) for t in formula)]
             if step.subgoal or task.numbers:
                 sides.append(show(numbers))
-            while step.subgoal and len(numbers) > 1:
-                numbers = reduce_once(numbers)
-                sides.append(show(numbers))
+            if step.subgoal:
+                sides += map(show, subgoal_chain(numbers))
             values[step.node] = evaluate(numbers)
             sides.append(str(values[step.node]))
             parts.append(f"{step.link} {' = '.join(dict.fromkeys(sides))}{task.stop}".lstrip())
