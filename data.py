@@ -739,8 +739,13 @@ def read_question(question, categories=None):
         where = next((i for i, line in enumerate(premises, 1) if missing.args[0] in line), len(premises) + 1)
         raise ValueError(f"line {where}: '{missing.args[0]}' is neither described nor implied") from None
     values = read_values(nodes, last)
-    ops = sum(nodes[q].operations for q in needed_nodes(nodes, target))
-    return Problem(question, values[target], target, nodes, ops=ops, categories=categories, task=name)
+    return Problem(question, values[target], target, nodes, ops=count_operations(nodes, target),
+                   categories=categories, task=name)
+
+
+def count_operations(nodes, target):
+    """The operations of all nodes that the target needs."""
+    return sum(nodes[name].operations for name in needed_nodes(nodes, target))
 
 
 def read_values(nodes, where):

@@ -26,6 +26,11 @@ class Exercise:
     hides: tuple = ()        # functions blanked as well, because they would show the answer
 
     @property
+    def questions(self):
+        """What answers.json must answer; none but for an experiment."""
+        return getattr(self.check, "questions", [])
+
+    @property
     def wrong(self):
         """The file of wrong versions, named after the first function."""
         name = self.names[0].split(".")[-1].strip("_")
@@ -69,7 +74,7 @@ def check_graph(data, seed):
     for i, problem in enumerate(problems(data, seed, 4)):
         nodes = dict(rng.sample(sorted(problem.nodes.items()), len(problem.nodes)))
         out[f"values {i}"] = dict(sorted(data.read_values(nodes, "line 1").items()))
-        out[f"operations {i}"] = {name: node.operations for name, node in sorted(nodes.items())}
+        out[f"operations {i}"] = {name: data.count_operations(nodes, name) for name in sorted(nodes)}
     circle = {a: data.Node(a, (rng.randint(1, 9), "+", b), "") for a, b in ("ab", "bc", "ca")}
     squares = {"x0": data.Node("x0", (9,), "")}
     for i in range(1, 9):
@@ -302,6 +307,7 @@ def compare_runs(name, a, b, questions):
         why = len(str(given.get("why", "")).split()) >= 15
         return (yours | {"a figure": figure, "why, 15 words or more": why},
                 expected | {"a figure": True, "why, 15 words or more": True})
+    check.questions = list(questions)
     return check
 
 
@@ -326,8 +332,8 @@ BEHAVIORS = {"mixed in the first 10 steps, bridge": lambda a, b: mean(a["mixed"]
 
 # --------------------------------------------------------------------------------------------------- the table
 EXERCISES = [
-    Exercise("Evaluate a graph and count its operations", "data", ("Node.operations", "read_values"), 4, 1.0,
-             "A node costs max(1, in-degree - 1), a written constant counting as one in-edge. Values: parents first. "
+    Exercise("Evaluate a graph and count its operations", "data", ("read_values", "count_operations"), 4, 1.0,
+             "Values: parents first. Operations: those of all nodes that the target depends on, itself included, each once. "
              "Source: Ye et al. 2024, arXiv 2407.20311.",
              "data.py, top and section 1", "`needed_nodes(nodes, *nodes)` gives an order; `evaluate` does one node. "
              "Refuse by ValueError: a circle, over MOST_NODES or MOST_PARENTS, a value of LARGEST or more.", check_graph),

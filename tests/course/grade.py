@@ -12,11 +12,8 @@ limits of time and memory and, for root, a user of its own; what comes back are 
 In a students' copy the chapters are incomplete: there the expected values lie in expected.json, drawn from one
 known seed, and an exercise needs the exercises before it that it builds on.
 """
-import os
-
-os.environ |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
-import argparse, ast, functools, importlib, json, math, re, resource, secrets, select, shutil, signal, sys, tempfile
-import textwrap, time
+import argparse, ast, functools, importlib, json, math, os, pwd, random, re, resource, secrets, select, shutil, signal
+import sys, tempfile, textwrap, time
 from pathlib import Path
 
 from exercises import EXERCISES
@@ -26,7 +23,7 @@ ROOT = HERE.parent.parent
 CHAPTERS = ("data", "inject", "sample", "sft", "grpo", "eval")
 TOLERANCE = 1e-3          # of the largest number among those that are compared together
 MOST_BYTES = 20_000_000   # of a result, and of any file that a submission writes
-FIRST_USER = 60_000       # exercise k runs as user 60,000 + k, who owns nothing
+USERS = range(60_578, 61_184)  # nobody's by convention: a submission runs as one of them, who owns nothing
 
 
 # -------------------------------------------------------------- 1. A function out of one file, into another
@@ -139,7 +136,6 @@ def preload():
                 if isinstance(node, ast.ImportFrom):
                     [getattr(module, alias.name) for alias in node.names]
     import torch, transformers
-    torch.set_num_threads(1)  # a pool of threads would not survive a fork
     sizes = dict(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**sizes, num_key_value_heads=1))
     model(input_ids=torch.zeros(1, 2, dtype=torch.int64)).logits.sum().backward()
@@ -154,8 +150,27 @@ def plain(value):
     return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def restrict(number, seconds, gigabytes):
-    """The limits of a child: time, memory, files, processes, and (for root) a user who can touch nothing."""
+def free_user():
+    """For root: the number of a user that is no account's and runs nothing. None for others."""
+    if os.geteuid() != 0:
+        return None
+    accounts, running = {account.pw_uid for account in pwd.getpwall()}, set()
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            running.add(process.stat().st_uid)
+        except FileNotFoundError:  # it has ended
+            pass
+    return random.choice([user for user in USERS if user not in accounts | running])
+
+
+def become(user):
+    os.setgroups([])
+    os.setgid(user)
+    os.setuid(user)
+
+
+def restrict(user, seconds, gigabytes):
+    """The limits of a child: time, memory, files, processes, and a user who can touch nothing."""
     os.setsid()
     null = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):  # what it prints costs it time alone
@@ -163,38 +178,42 @@ def restrict(number, seconds, gigabytes):
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() if os.path.exists("/proc") else 0
     limits = {"RLIMIT_CPU": int(seconds) + 1, "RLIMIT_AS": used + int(gigabytes * 2**30), "RLIMIT_FSIZE": MOST_BYTES,
               "RLIMIT_CORE": 0}
-    if os.geteuid() == 0:
-        os.setgroups([])
-        os.setgid(FIRST_USER + number)
+    if user:
         limits["RLIMIT_NPROC"] = 64
     for name, limit in limits.items():
         if used or name != "RLIMIT_AS":
             resource.setrlimit(getattr(resource, name), (limit, limit))
-    if os.geteuid() == 0:
-        os.setuid(FIRST_USER + number)
+    if user:
+        become(user)
 
 
-def clean_up(pid, number):
-    """End what a child left behind: its process group and, for root, all that its user runs."""
-    try:
-        os.killpg(pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        pass
-    if os.geteuid() == 0 and (helper := os.fork()) == 0:  # as that user, "all processes" are its own
-        os.setgid(FIRST_USER + number)
-        os.setuid(FIRST_USER + number)
+def clean_up(pid, user):
+    """End a child and what it left behind: its process group and all that its user runs."""
+    for end, target in ((os.kill, pid), (os.killpg, pid)):
         try:
-            os.kill(-1, signal.SIGKILL)
+            end(target, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            pass
+    if user and (helper := os.fork()) == 0:
+        try:
+            become(user)
+            os.kill(-1, signal.SIGKILL)  # all processes of this user
         finally:
             os._exit(0)
-    elif os.geteuid() == 0:
+    if user:
         os.waitpid(helper, 0)
     os.waitpid(pid, 0)
 
 
 def child(exercise, folder, seed, pipe):
     """In the new process: import the chapters of `folder`, run the check, send its values."""
+    import torch
+    torch.set_num_threads(1)  # a pool of threads does not survive a fork
+    torch.cuda.is_available = lambda: False
+    os.environ |= {"TRITON_INTERPRET": "1", "TOKENIZERS_PARALLELISM": "false"}
     try:
+        for chapter in CHAPTERS:  # a grader's own
+            sys.modules.pop(chapter, None)
         sys.path[:0] = [str(folder)]
         os.chdir(folder)
         sys.dont_write_bytecode = True
@@ -213,14 +232,14 @@ def child(exercise, folder, seed, pipe):
         os._exit(0)
 
 
-def run(exercise, number, folder, seed, seconds=10, gigabytes=2):
+def run(exercise, folder, seed, seconds=10, gigabytes=2):
     """{"values": ...} or {"error": ...} of a check over the chapters in `folder`."""
-    reader, writer = os.pipe()
+    user, (reader, writer) = free_user(), os.pipe()
     pid = os.fork()
     if pid == 0:
         os.close(reader)
         try:
-            restrict(number, seconds, gigabytes)
+            restrict(user, seconds, gigabytes)
             child(exercise, folder, seed, writer)
         finally:
             os._exit(1)
@@ -232,7 +251,7 @@ def run(exercise, number, folder, seed, seconds=10, gigabytes=2):
             break
         data += part
     late = time.monotonic() >= end
-    clean_up(pid, number)
+    clean_up(pid, user)
     os.close(reader)
     try:
         result = json.loads(data)
@@ -259,11 +278,11 @@ def difference(yours, expected, scale=None, where=""):
     if isinstance(expected, (list, dict)) and type(yours) is type(expected) and len(yours) == len(expected):
         keys = expected if isinstance(expected, dict) else range(len(expected))
         if isinstance(expected, list) or set(yours) == set(expected):
-            found = (difference(yours[k], expected[k], scale, f"{where}[{k}]" if where else f"[{k}]") for k in keys)
+            found = (difference(yours[k], expected[k], scale, f"{where}[{k}]") for k in keys)
             return next(filter(None, found), "")
     if type(yours) is type(expected) and yours == expected:
         return ""
-    return f"{where.strip('[]') if where.count('[') == 1 else where}: yours {shorten(yours)}, expected {shorten(expected)}"
+    return f"{where}: yours {shorten(yours)}, expected {shorten(expected)}"
 
 
 def shorten(value):
@@ -272,18 +291,19 @@ def shorten(value):
 
 
 def judge(result, expected):
-    """What is wrong with a result, or "". The values of an experiment are (yours, expected)."""
+    """What is wrong with a result, or ""."""
     if "error" in result:
         return result["error"]
-    if expected is None:
-        yours, expected = result["values"]
-    else:
-        yours = result["values"]
+    yours, shown = result["values"], True
+    if expected is None:  # an experiment's values are (yours, what the logs say), and the latter is asked for
+        (yours, expected), shown = yours, False
     if not isinstance(yours, dict) or set(yours) != set(expected):
         return "no result of the form that is expected"
-    differences = [f"{label}{': ' if not text.startswith('[') else ''}{text.removeprefix(': ')}"
-                   for label in expected if (text := difference(yours[label], expected[label]))]
-    return "\n".join(differences[:3]) + (f"\n... and {len(differences) - 3} more" if len(differences) > 3 else "")
+    lines = []
+    for label in expected:
+        if text := difference(yours[label], expected[label], where=label):
+            lines.append(text if shown else f"{label}: yours {shorten(yours[label])} is not what the logs say")
+    return "\n".join(lines[:3]) + (f"\n... and {len(lines) - 3} more" if len(lines) > 3 else "")
 
 
 def read(path):
@@ -295,7 +315,8 @@ def read(path):
 
 def sandbox(folder, exercise, submission, whole):
     """Lay out in `folder` what one check runs over. submission: a folder, or None for the reference."""
-    os.chmod(folder, 0o755)
+    os.umask(0o022)
+    os.chmod(folder, 0o755)  # another user reads it
     if not exercise.chapter:
         for path in sorted((submission / "tests/course/experiments").glob("*")):
             if path.is_file() and path.stat().st_size < MOST_BYTES:
@@ -318,7 +339,7 @@ def run_in_sandbox(exercise, number, submission, seed, whole, limits, cache):
             return {"error": f"{exercise.chapter}.py: {type(error).__name__}: {error}"}
         key = (number, seed, *(path.read_bytes() for path in sorted(Path(name).iterdir())))
         if cache is None or key not in cache:
-            result = run(exercise, number, Path(name), seed, *limits)
+            result = run(exercise, Path(name), seed, *limits)
             if cache is None:
                 return result
             cache[key] = result
@@ -332,12 +353,13 @@ def reference_values(exercise, number, seed, cache=None):
     return result["values"]
 
 
-def grade(submission, seed, limits=(10, 2), cache=None):
+def grade(submission, seed, limits=(10, 2), chosen=None, cache=None):
     """[(number, exercise, points, what is wrong)] of a folder. cache: a dict that keeps the results of checks,
     for those who grade many copies that differ little."""
     known = HERE / "expected.json"
-    known = json.loads(known.read_text()) if known.exists() else None
-    seed, numbered = known["seed"] if known else seed, list(enumerate(EXERCISES, 1))
+    known = json.loads(known.read_text()) if known.exists() else {}
+    seed, chosen = known.get("seed", seed), chosen or known.get("exercises")
+    numbered = [(k, exercise) for k, exercise in enumerate(EXERCISES, 1) if not chosen or k in chosen]
     results = [run_in_sandbox(exercise, k, submission, seed, bool(known), limits, cache) for k, exercise in numbered]
     rows = []
     for (k, exercise), result in zip(numbered, results):  # no expected value exists while submissions run
@@ -384,6 +406,7 @@ def main():
     parser.add_argument("folder", type=Path, help="a submission: a folder with the six scripts")
     parser.add_argument("--format", choices=FORMATS, default="text")
     parser.add_argument("--json", type=Path, help="write there, and print the text")
+    parser.add_argument("--exercises", type=int, nargs="+", metavar="K", help="these numbers; default: all")
     parser.add_argument("--seed", type=int, help="of the inputs; default: another one each time")
     parser.add_argument("--seconds", type=float, default=10, help="for each exercise")
     parser.add_argument("--gigabytes", type=float, default=2, help="of memory, for each exercise")
@@ -392,7 +415,7 @@ def main():
         parser.exit(2, f"error: {args.folder}: holds no data.py; name a folder with the six scripts\n")
     preload()
     seed = secrets.randbelow(2**31) if args.seed is None else args.seed
-    rows = grade(args.folder.resolve(), seed, (args.seconds, args.gigabytes))
+    rows = grade(args.folder.resolve(), seed, (args.seconds, args.gigabytes), args.exercises)
     report = FORMATS[args.format](rows)
     text = report if isinstance(report, str) else json.dumps(report, indent=1)
     if args.json:

@@ -1,0 +1,299 @@
+"""The students' copy, the grader and the wrong versions. Checks whose chapters are the same run once (CACHE)."""
+import json, os, random, re, subprocess, sys, time
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+import grade, make
+from exercises import EXERCISES
+
+SEED, CACHE = random.randrange(2**31), {}
+CODE = [(k, exercise) for k, exercise in enumerate(EXERCISES, 1) if exercise.chapter]
+EXPERIMENTS = [(k, exercise) for k, exercise in enumerate(EXERCISES, 1) if not exercise.chapter]
+POINTS = {k: exercise.points for k, exercise in enumerate(EXERCISES, 1)}
+REFERENCE = {chapter: grade.read(grade.ROOT / f"{chapter}.py") for chapter in grade.CHAPTERS}
+
+
+def versions(exercise):
+    """Wrong versions of an exercise: (its kind, why) and its body, what stands below that line."""
+    for block in re.split(r"^# ", exercise.wrong.read_text(), flags=re.M)[1:]:
+        why, _, body = block.partition("\n")
+        yield why, body
+
+
+def edit(exercise, body):
+    """The chapter with a wrong version in it: functions in place of its own, or lines "- old", "+ new"."""
+    text = REFERENCE[exercise.chapter]
+    if not body.startswith("- "):
+        names = [name for name in exercise.names if grade.find(grade.parse(body), name)]
+        return grade.paste(text, body, names)
+    for old, new in re.findall(r"^- (.*)\n((?:^\+.*\n)+)", body, flags=re.M):
+        new, found = "\n".join(line[2:] for line in new.splitlines()), False
+        for name in exercise.names:
+            function, _ = grade.lines_of(text, grade.find(grade.parse(text), name))
+            text, found = text.replace(function, function.replace(old, new)), found or old in function
+        assert found, f"{exercise.wrong.name}: no line holds {old!r}"
+    return text
+
+
+def submit(folder, **chapters):
+    """A submission: the reference with other texts for some chapters."""
+    folder.mkdir(exist_ok=True)
+    for chapter, text in (REFERENCE | chapters).items():
+        (folder / f"{chapter}.py").write_text(text)
+    experiments = folder / "tests/course/experiments"
+    if not experiments.exists():
+        experiments.parent.mkdir(parents=True)
+        experiments.symlink_to(grade.HERE / "experiments")
+    return folder
+
+
+def points(folder, **options):
+    return {k: earned for k, _, earned, _ in grade.grade(folder, SEED, cache=CACHE, **options)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def preload():
+    grade.preload()
+
+
+@pytest.fixture(scope="module")
+def students(tmp_path_factory):
+    out = tmp_path_factory.mktemp("course") / "copy"
+    make.make(out, list(POINTS))
+    return out
+
+
+def test_the_full_repository_scores_all_and_the_students_copy_none(students):
+    """Bugs: a check that the reference fails; one that passes on nothing; an error that does not say which
+    exercise is missing; a copy that does not run."""
+    assert points(grade.ROOT) == POINTS
+    rows = grade.grade(students, SEED, cache=CACHE)
+    assert not any(earned for _, _, earned, _ in rows)
+    assert all(f"NotImplementedError: exercise {k}: {e.title}" in wrong for k, e, _, wrong in rows if e.chapter)
+    run = lambda *command: subprocess.run([sys.executable, *command], cwd=students, capture_output=True, text=True)
+    assert "How many" in run("data.py").stdout
+    assert run("-c", f"import {', '.join(grade.CHAPTERS)}").returncode == 0
+    graded = run("tests/course/grade.py", ".", "--exercises", "2", "11")
+    assert "total: 0 of 9 points" in graded.stdout, graded.stderr
+
+
+def test_nothing_in_the_students_copy_gives_an_answer_away(students):
+    """Bugs: a solution, a wrong version, a doctest with the answer, notes or history that went along."""
+    files = sorted(str(path.relative_to(students)) for path in students.rglob("*") if path.is_file())
+    assert files == sorted([*(f"{chapter}.py" for chapter in grade.CHAPTERS), "EXERCISES.md", "README.md",
+                            "requirements.txt", "results/tiny/base.pt", "tests/course/exercises.py",
+                            "tests/course/grade.py", "tests/course/expected.json",
+                            "tests/course/experiments/answers.json"])
+    everything = "\n".join(grade.read(students / name) for name in files if not name.endswith(".pt"))
+    for _, exercise in CODE:
+        for name in exercise.names:
+            function = grade.find(grade.parse(REFERENCE[exercise.chapter]), name)
+            body, _ = grade.lines_of(REFERENCE[exercise.chapter], function.body[-1])
+            assert body not in everything and body.strip().removeprefix("return ") not in everything
+            theirs = grade.find(grade.parse(grade.read(students / f"{exercise.chapter}.py")), name)
+            assert ">>>" not in (grade.ast.get_docstring(theirs) or "")
+            assert grade.ast.unparse(theirs.args) == grade.ast.unparse(function.args)
+    assert "## Teach with it" not in everything
+
+
+def test_exercises_that_were_not_chosen_stay_whole(tmp_path):
+    """Bug: a copy with exercises 2 and 7 that also lacks others; a kernel that shows what exercise 7 asks."""
+    make.make(tmp_path / "copy", [2, 7])
+    text = grade.read(tmp_path / "copy/sample.py")
+    assert text.count("exercise 7: ") == 2 and text.count("hidden: ") == 2 and text.count("NotImplementedError") == 4
+    assert grade.read(tmp_path / "copy/grpo.py") == REFERENCE["grpo"]
+    assert [k for k, *_ in grade.grade(tmp_path / "copy", SEED, chosen=[2, 7], cache=CACHE)] == [2, 7]
+
+
+def test_points_are_those_of_the_solutions_that_are_there(students, tmp_path):
+    """Bugs: an exercise that needs another one's solution; points that depend on each other. Each solution
+    alone, then 20 random subsets."""
+    rng = random.Random(SEED)
+    subsets = [[pair] for pair in CODE] + [rng.sample(CODE, rng.randint(2, len(CODE))) for _ in range(20)]
+    for subset in subsets:
+        texts = {chapter: grade.read(students / f"{chapter}.py") for chapter in grade.CHAPTERS}
+        for _, exercise in subset:
+            texts[exercise.chapter] = grade.paste(texts[exercise.chapter], REFERENCE[exercise.chapter], exercise.names)
+        earned = points(submit(tmp_path / "submission", **texts))
+        assert {k for k, _ in CODE if earned[k]} == {k for k, _ in subset}
+        assert sum(earned.values()) == sum(POINTS[k] for k, _ in subset + EXPERIMENTS)
+
+
+@pytest.mark.parametrize("k, exercise", CODE)
+def test_every_wrong_version_loses_its_points_and_no_others(k, exercise, tmp_path):
+    """Bugs: a tolerance, or inputs, under which zeros, another sign, axis or normaliser, an off-by-one or the
+    popular mistake pass."""
+    wrong, passed = list(versions(exercise)), []
+    assert len(wrong) >= 5 and wrong[0][0].startswith("zeros")
+    for why, body in wrong:
+        text = edit(exercise, body)
+        assert text != REFERENCE[exercise.chapter], why
+        if points(submit(tmp_path / "submission", **{exercise.chapter: text})) != POINTS | {k: 0}:
+            passed.append(why)
+    assert not passed
+
+
+DISTORTED = '''
+def _distorted_{name}(*arguments, **options):
+    import random, torch
+    def distort(x):
+        if {kind!r} == "copy":
+            return arguments[-1] if len(arguments) == 1 else arguments[{first}]
+        if torch.is_tensor(x):
+            return torch.rand(x.shape).to(x.dtype) + 0 * (arguments[{first}].nan_to_num().sum() if x.requires_grad else 0)
+        if isinstance(x, dict):
+            return {{key: distort(value) for key, value in x.items()}}
+        if isinstance(x, (list, tuple)):
+            return type(x)(map(distort, x)) if type(x) in (list, tuple) else x
+        return random.randint(0, 9) if isinstance(x, int) else random.random() if isinstance(x, float) else x and x[::-1]
+    return distort(_right_{name}(*arguments, **options))
+'''
+
+
+@pytest.mark.parametrize("kind", ["random", "copy"])
+def test_random_values_of_the_right_form_and_copied_inputs_score_nothing(kind, tmp_path):
+    """Bug: a check of shapes and types alone. (Zeros are the first wrong version of every exercise; functions
+    that return nothing write nothing here.)"""
+    texts = dict(REFERENCE)
+    for _, exercise in CODE:
+        for name in exercise.names:
+            text, owner = texts[exercise.chapter], name.rpartition(".")[0]
+            function = grade.find(grade.parse(text), name)
+            source, start = grade.lines_of(text, function)
+            signature = source[:len(source) - len("\n".join(source.split("\n")[function.body[0].lineno - start:]))]
+            indent = " " * function.body[0].col_offset
+            if owner or "kernel" in name:
+                texts[exercise.chapter] = text.replace(source, f"{signature}{indent}pass")
+                continue
+            short = name.strip("_")
+            renamed = source.replace(f"def {name}(", f"def _right_{short}(", 1)
+            wrapper = DISTORTED.format(name=short, kind=kind, first=0)
+            arguments = ", ".join(a.arg for a in function.args.args) or "*arguments"
+            call = f"def {name}(*arguments, **options):\n    return _distorted_{short}(*arguments, **options)"
+            texts[exercise.chapter] = text.replace(source, f"{renamed}\n{wrapper}\n{call}")
+    earned = points(submit(tmp_path / "submission", **texts))
+    assert not [k for k, _ in CODE if earned[k]]
+
+
+LOOP = "    while True:\n        pass"
+HOSTILE = {
+    "endless loop": LOOP,
+    "os._exit": "    import os; os._exit(0)",
+    "prints without end": "    while True:\n        print('x' * 10**6)",
+    "memory": "    x = []\n    while True:\n        x.append(bytearray(10**8))",
+    "forks": "    import os, time\n    while True:\n        try:\n            os.fork()\n        except OSError:\n            time.sleep(1)",
+    "kills whom it can": "    import os, signal\n    try:\n        os.kill(os.getppid(), 9)\n    except OSError:\n        pass\n"
+                         "    os.kill(-1, 9)",
+    "writes its own verdict": "    import os\n    for fd in range(3, 64):\n        try:\n            os.write(fd, b'{\"values\": {}, \"points\": 100}')\n"
+                              "        except OSError:\n            pass\n    os._exit(0)",
+    "edits the tests": "    import pathlib, sys\n    for name in ('grade', 'exercises'):\n        try:\n            pathlib.Path(sys.modules[name].__file__).write_text('')\n"
+                       "        except OSError:\n            pass\n    sys.modules['grade'].judge = lambda *_: ''\n    return object()",
+    "compares equal to everything": "    class Same(float):\n        __eq__ = __le__ = __ge__ = lambda *_: True\n        tolist = lambda self: self\n    return Same(1)",
+    "leaves a process behind": "    import os, time\n    if os.fork() == 0:\n        os.setsid()\n        time.sleep(1000)\n    return None",
+    "breaks on import": "    pass\nraise SystemExit(0)",
+    "cannot be parsed": "    return (",
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hostile_submission_changes_its_own_points_alone(kind, tmp_path):
+    """Bugs: a grader that hangs, dies, believes what a submission says of itself, or lets one exercise spoil
+    another. Exercise 11 is hostile; chapter 5 holds two more."""
+    if kind == "kills whom it can" and os.geteuid() != 0:
+        pytest.skip("only root can give a submission a user of its own")
+    k, exercise = next(pair for pair in CODE if "group_advantages" in pair[1].names)
+    function, _ = grade.lines_of(REFERENCE["grpo"], grade.find(grade.parse(REFERENCE["grpo"]), "group_advantages"))
+    text = REFERENCE["grpo"].replace(function, f"def group_advantages(rewards, std=True, eps=1e-6):\n{HOSTILE[kind]}")
+    before = {path: path.read_bytes() for path in grade.HERE.glob("*.py")}
+    folder = submit(tmp_path / "submission", grpo=text)
+    (folder / "tests/course/grade.py").write_text("raise SystemExit")
+    start = time.monotonic()
+    earned = points(folder, limits=(3, 1))
+    assert earned == POINTS | ({} if kind == "breaks on import" else {k: 0})
+    assert time.monotonic() - start < 60 and before == {path: path.read_bytes() for path in before}
+    if kind == "leaves a process behind" and os.geteuid() == 0:
+        users = [path.stat().st_uid for path in Path("/proc").glob("[0-9]*")]
+        assert not set(users) & set(grade.USERS)
+
+
+def test_helpers_and_imports_of_a_submission_come_along():
+    """Bug: a right solution that loses its points because it is written as two functions."""
+    theirs = REFERENCE["eval"].replace("import data, sample\n", "import data, sample\nfrom fractions import Fraction\n")
+    theirs = re.sub(r"    gained = .*?\n    n = ", "    gained, lost = _count(before, after)\n    n = ", theirs, count=1, flags=re.S)
+    theirs += "\n\ndef _count(before, after):\n    return _one(before, after), _one(after, before)\n"
+    theirs += "\n\ndef _one(a, b):\n    return sum(Fraction(x < y) for x, y in zip(a, b))\n"
+    text = grade.paste(REFERENCE["eval"], theirs, ["mcnemar"])
+    names = {name for _, statement in grade.scopes(grade.parse(text)) for name in grade.bound(statement)}
+    assert {"_count", "_one", "Fraction"} <= names and "__main__" in text
+    space = {}
+    compile(text, "eval.py", "exec")
+    assert text.index("def _count") < text.index("def mcnemar")
+
+
+def test_experiments_are_graded_by_their_logs(tmp_path):
+    """Bugs: an answer that no log supports; logs of two different starts; a log written by hand; a figure
+    that is none. Each wrong version changes one thing in a folder that scores all."""
+    source = grade.HERE / "experiments"
+    for k, exercise in EXPERIMENTS:
+        wrong = list(versions(exercise))
+        assert len(wrong) >= 5
+        for i, (why, body) in enumerate(wrong):
+            folder = tmp_path / f"{k} {i}"
+            experiments = folder / "tests/course/experiments"
+            experiments.mkdir(parents=True)
+            for path in source.iterdir():
+                (experiments / path.name).write_bytes(path.read_bytes())
+            for line in body.splitlines():
+                name, _, change = line.partition(": ")
+                if name.endswith(".csv") or name.endswith(".png"):
+                    (experiments / name).write_bytes((source / change).read_bytes() if change else b"")
+                else:
+                    answers = json.loads((experiments / "answers.json").read_text())
+                    answers[exercise.names[0]][name] = json.loads(change)
+                    (experiments / "answers.json").write_text(json.dumps(answers))
+            (_, _, earned, reason), = grade.grade(folder, SEED, chosen=[k], cache=CACHE)
+            assert earned == 0 and reason, why
+
+
+def test_a_difference_shows_yours_beside_expected():
+    """Bugs: a tolerance above 1% of the largest value; NaN, None, a bool or another length that passes."""
+    assert grade.TOLERANCE <= 0.01
+    assert grade.difference([1.0, 200.0], [1.0, 200.1]) == ""
+    assert "yours 197, expected 200" in grade.difference([1.0, 197.0], [1.0, 200.0])
+    for yours in ([0.0, 0.0], [1.0], [1.0, None], [1.0, float("nan")], "x", [1.0, [200.0]], {"0": 1.0}):
+        assert grade.difference(yours, [1.0, 200.0])
+    assert grade.difference(True, 1.0) and grade.difference(1, True) and grade.difference([4e-3], [5e-3])
+
+
+def test_formats_are_those_that_gradescope_and_classroom_publish(tmp_path):
+    """Bugs: a field of another name or type (Gradescope's specification; what the reporter of GitHub Classroom
+    reads: max_score and each test's name, status, score, line_no, test_code, message); points that differ."""
+    rows = [(k, exercise, exercise.points * (k % 2), "" if k % 2 else "yours 1, expected 2") for k, exercise in CODE]
+    total = sum(row[2] for row in rows)
+    report = json.loads(json.dumps(grade.as_gradescope(rows)))
+    kinds = {"score": (int, float), "max_score": (int, float), "status": str, "name": str, "number": str,
+             "output": str, "visibility": str}
+    assert set(report) <= {"score", "execution_time", "output", "output_format", "test_output_format", "visibility",
+                           "test_name_format", "stdout_visibility", "extra_data", "tests", "leaderboard"}
+    assert report["visibility"] in ("hidden", "after_due_date", "after_published", "visible")
+    for test in report["tests"]:
+        assert set(test) == set(kinds) and all(isinstance(test[name], kind) for name, kind in kinds.items())
+        assert test["status"] in ("passed", "failed") and 0 <= test["score"] <= test["max_score"]
+    assert sum(test["score"] for test in report["tests"]) == total
+    report = json.loads(json.dumps(grade.as_classroom(rows)))
+    assert set(report) == {"version", "status", "max_score", "tests"} and report["version"] == 1
+    assert report["status"] == "fail" and report["max_score"] == sum(exercise.points for _, exercise in CODE)
+    for test in report["tests"]:
+        assert test["status"] in ("pass", "fail", "error") and isinstance(test["score"], (int, float))
+        assert isinstance(test["name"], str) and test["line_no"] == 0 and isinstance(test["test_code"], str)
+    assert sum(test["score"] for test in report["tests"]) == total
+
+
+@pytest.mark.parametrize("name, arguments", [("make.py", ["."]), ("make.py", ["no/such/place"]), ("grade.py", ["no/such/place"]),
+                                             ("make.py", ["new", "--exercises", "99"])])
+def test_bad_input_is_one_sentence(name, arguments, tmp_path):
+    """Bug: a traceback where a folder is missing or in the way."""
+    result = subprocess.run([sys.executable, grade.HERE / name, *arguments], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 2 and "error: " in result.stderr and "Traceback" not in result.stderr
