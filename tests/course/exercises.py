@@ -92,7 +92,7 @@ def check_answer(data, seed):
              f"x = 4.</think><answer>{box}</answer>\n", f"{think}<answer>\\boxed{{-{n}}}</answer>",
              f"{think}<answer>{box} or \\boxed{{{other}}}</answer>", f"{think}<answer>{box}{box}</answer>",
              f"{think}{box}", f"<answer>{box}</answer>", f"{think}<answer>{n}</answer>", f"{think}{box}<answer></answer>",
-             f"<think>{box}</think><answer>{box}</answer>", f"{think}<answer>{box}</answer> so {box}",
+             f"<think>{box}</think><answer>{box}</answer>", f"{think}<answer>{box}</answer> so {box}", f"{think}<answer>{box}</answer> at last",
              f"{think}<answer>{box}</answer><answer>{box}</answer>", f"{think}<answer>{box}",
              f"{think}<answer>\\boxed{{{n}.0}}</answer>", f"{think}<answer>\\boxed{{+{n}}}</answer>",
              f"{think}<answer>\\boxed{{{arabic}}}</answer>", f"{think}<answer>\\boxed{{ {n}}}</answer>",
@@ -143,9 +143,14 @@ def check_step(sample, seed):
     import sft
     rng, policy = Random(seed), sharp_policy(sft, seed)
     prompts = [random_tokens(rng, 1000, 2, 12) for _ in range(4)]
-    groups = sample.generate(policy, prompts, n=3, max_new_tokens=10, temperature=1.0, seed=seed)
-    rollouts = [rollout for group in groups for rollout in group]
-    return {"tokens": [r.tokens for r in rollouts], "logprobs": [r.logprobs for r in rollouts]}
+    engine = sample.Decoder(policy.model, 12, 32, 4, 128)
+    engine.sync, engine.out_token = 4, engine.out_token.repeat(4, 1)  # four steps without the host, as on CUDA
+    engine.out_logprob, out = engine.out_logprob.repeat(4, 1), {}
+    for label, policy.engine in ("one step at a time", None), ("four", engine):
+        groups = sample.generate(policy, prompts, n=3, max_new_tokens=10, temperature=1.0, seed=seed)
+        rollouts = [rollout for group in groups for rollout in group]
+        out |= {f"tokens, {label}": [r.tokens for r in rollouts], f"logprobs, {label}": [r.logprobs for r in rollouts]}
+    return out
 
 
 def logit_rows(sample, seed, V):
@@ -153,7 +158,7 @@ def logit_rows(sample, seed, V):
     g = generator(seed)
     x = 3 * torch.randn(6, V, generator=g)
     x[0, V // 2:] = -math.inf
-    x[1] += 1e4
+    x[[1, 5]] += 1e6  # after which the digits of log d are lost, if it is added to m
     x[2] = x[2].sort().values  # the maximum comes last
     targets = torch.randint(0, V // 2, (6,), generator=g)
     targets[4] = sample.IGNORE
@@ -164,12 +169,14 @@ def statistics(forward, backward, sample, seed, V):
     """The four statistics of each row, and the gradient; a large offset has a label of its own."""
     out = {}
     x, targets, g_logprob, g_entropy = logit_rows(sample, seed, V)
-    for scale in (1.0, 1.25):
+    for scale in (1.0, 0.5):
         stats = forward(x, targets, scale)
         for name, column in zip(("logprob", "entropy", "m", "log d"), stats.T):
-            out[f"{name} of the row with an offset, scale {scale}"] = column[1]
-            out[f"{name}, scale {scale}"] = column[[0, 2, 3, 4, 5]]
-        out[f"gradient, scale {scale}"] = backward(x, targets, stats, g_logprob, g_entropy, scale)
+            out[f"{name} of rows with an offset, scale {scale}"] = column[[1, 5]]
+            out[f"{name}, scale {scale}"] = column[[0, 2, 3, 4]]
+        gradient = backward(x, targets, stats, g_logprob, g_entropy, scale)
+        out[f"gradient, scale {scale}"] = gradient[:, ::max(1, V // 100)]
+        out[f"gradient at the target, scale {scale}"] = gradient.gather(1, targets.clamp(min=0)[:, None])
     return out
 
 
@@ -183,7 +190,7 @@ def check_kernels(sample, seed):
     def backward(x, *arguments):
         out = torch.zeros_like(x)
         sample.backward_triton(x, *arguments, out)
-        return out[:, ::50]
+        return out
     return statistics(sample.forward_triton, backward, sample, seed, V=5000)
 
 

@@ -169,9 +169,11 @@ def become(user):
     os.setuid(user)
 
 
-def restrict(user, seconds, gigabytes):
+def restrict(user, pipe, seconds, gigabytes):
     """The limits of a child: time, memory, files, processes, and a user who can touch nothing."""
     os.setsid()
+    os.closerange(3, pipe)
+    os.closerange(pipe + 1, 4096)
     null = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):  # what it prints costs it time alone
         os.dup2(null, descriptor)
@@ -243,7 +245,7 @@ def run(exercise, folder, seed, seconds=10, gigabytes=2):
     if pid == 0:
         os.close(reader)
         try:
-            restrict(user, seconds, gigabytes)
+            restrict(user, writer, seconds, gigabytes)
             child(exercise, folder, seed, writer)
         finally:
             os._exit(1)

@@ -87,11 +87,14 @@ def test_nothing_in_the_students_copy_gives_an_answer_away(students):
                             "tests/course/grade.py", "tests/course/expected.json",
                             "tests/course/experiments/answers.json"])
     everything = "\n".join(grade.read(students / name) for name in files if not name.endswith(".pt"))
+    lines = "\n".join(REFERENCE.values()).split("\n")
     for _, exercise in CODE:
         for name in exercise.names:
             function = grade.find(grade.parse(REFERENCE[exercise.chapter]), name)
-            body, _ = grade.lines_of(REFERENCE[exercise.chapter], function.body[-1])
-            assert body not in everything and body.strip().removeprefix("return ") not in everything
+            first = function.body[bool(grade.ast.get_docstring(function))].lineno
+            body = REFERENCE[exercise.chapter].split("\n")[first - 1:function.end_lineno]
+            telling = [line for line in body if len(line.strip()) > 30 and lines.count(line) == 1]
+            assert "\n".join(body) not in everything and not [line for line in telling if line in everything]
             theirs = grade.find(grade.parse(grade.read(students / f"{exercise.chapter}.py")), name)
             assert ">>>" not in (grade.ast.get_docstring(theirs) or "")
             assert grade.ast.unparse(theirs.args) == grade.ast.unparse(function.args)
@@ -192,7 +195,7 @@ HOSTILE = {
                        "        except OSError:\n            pass\n    sys.modules['grade'].judge = lambda *_: ''\n    return object()",
     "compares equal to everything": "    class Same(float):\n        __eq__ = __le__ = __ge__ = lambda *_: True\n        tolist = lambda self: self\n    return Same(1)",
     "leaves a process behind": "    import os, time\n    if os.fork() == 0:\n        os.setsid()\n        time.sleep(1000)\n    return None",
-    "breaks on import": "    pass\nraise SystemExit(0)",
+    "ends on import": "    return None\nraise SystemExit(0)",
     "cannot be parsed": "    return (",
 }
 
@@ -211,11 +214,13 @@ def test_a_hostile_submission_changes_its_own_points_alone(kind, tmp_path):
     (folder / "tests/course/grade.py").write_text("raise SystemExit")
     start = time.monotonic()
     earned = points(folder, limits=(3, 1))
-    assert earned == POINTS | ({} if kind == "breaks on import" else {k: 0})
+    assert earned == POINTS | {k: 0}
     assert time.monotonic() - start < 60 and before == {path: path.read_bytes() for path in before}
     if kind == "leaves a process behind" and os.geteuid() == 0:
-        users = [path.stat().st_uid for path in Path("/proc").glob("[0-9]*")]
-        assert not set(users) & set(grade.USERS)
+        left = lambda: [path for path in Path("/proc").glob("[0-9]*") if os.stat(path).st_uid in grade.USERS]
+        while left() and time.monotonic() - start < 60:
+            time.sleep(0.1)
+        assert not left()
 
 
 def test_helpers_and_imports_of_a_submission_come_along():
