@@ -339,10 +339,14 @@ def describe_presets(presets):
                               for flag, tiny in presets["tiny"].items()})
 
 
+def preset(model, presets):
+    """The preset for a model of this size."""
+    return presets["tiny" if sum(p.numel() for p in model.parameters()) < 50e6 else "paper"]
+
+
 def fill_in(args, model, presets):
     """Flags that were not given get the preset for a model of this size."""
-    small = sum(p.numel() for p in model.parameters()) < 50e6
-    for flag, value in presets["tiny" if small else "paper"].items():
+    for flag, value in preset(model, presets).items():
         if getattr(args, flag) is None:
             setattr(args, flag, value)
 
