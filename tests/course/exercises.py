@@ -24,6 +24,7 @@ class Exercise:
     hint: str
     check: object            # (chapter, seed) -> {label: values}; of an experiment: (folder) -> two of them
     hides: tuple = ()        # functions blanked as well, because they would show the answer
+    tolerance: float = 1e-3  # of the largest number among those that are compared together
 
     @property
     def questions(self):
@@ -285,6 +286,21 @@ def check_chance(eval_, seed):
     return out
 
 
+def check_influence(eval_, seed):
+    import sft, torch
+    rng, out = Random(seed), {}
+    policy = sharp_policy(sft, seed)
+    groups = []
+    for _ in range(5):
+        prompt = random_tokens(rng, 1000, 2, 8)
+        groups.append([(prompt, random_tokens(rng, 1000, 1, 8)) for _ in range(6)])
+    rewards = torch.tensor([[1.0, 0, 0, 0, 0, 0], [1] * 6, [0] * 6, [1, 1, 1, 1, 1, 0], [0, 1, 0, 1, 0, 1]])
+    for options in (dict(), dict(temperature=1.4), dict(leave_one_out=True)):
+        alpha, delta = eval_.influence(policy, groups, rewards, **options)
+        out |= {f"alpha, {options}": alpha, f"delta, {options}": delta, f"exactly 0, {options}": (delta == 0).tolist()}
+    return out
+
+
 # ------------------------------------------------------------------------------------- the three experiments
 def read_log(folder, name):
     """The columns of a log of grpo.py, as numbers. Raises ValueError where it cannot be one."""
@@ -357,25 +373,25 @@ EXERCISES = [
              "Locked: at least one parent is not solved. Source: BRIDGE, Algorithm 1 and appendix B.3.",
              "inject.py, top", "`data.open_step(...)` makes the step; `._replace(missing=...)` a copy. Keep the order of "
              "`node.parents`.", check_locked),
-    Exercise("Draw a token, with its log-prob", "sample", ("draw",), 7, 2.0,
+    Exercise("Draw a token, with its log-prob", "sample", ("draw",), 6, 2.0,
              "P(ends[v-1] <= point < ends[v]) = p_v with ends = cumsum(floor(2^40 p)); p = softmax(x / temperature). "
              "Source: the comment above `draw`.",
              "sample.py, section 3, to `draw`", "Two draws of 22 bits are hash_of(key, 2 position + {0, 1}) >> 10: the "
              "point is the share high / 2^22 + low / 2^44 of the line, rounded down, in whole numbers below 2^63.",
              check_draw),
-    Exercise("One decode step over a KV cache", "sample", ("Decoder.step",), 8, 3.0,
+    Exercise("One decode step over a KV cache", "sample", ("Decoder.step",), 7, 3.0,
              "softmax(q K / sqrt(D)) V over the prompt's cached tokens and the row's own columns 0 ... column. Source: "
              "Vaswani et al. 2017, eq. 1; the shapes are in the comments of section 3.",
              "sample.py, section 3: `Decoder`, `transformer`, `attention`", "Write this token's keys and values before "
              "you attend. A row's position is its prompt's cached length plus its column. What a row draws goes to "
              "out_token and out_logprob at `count`, and is its next token; count and column move on.", check_step),
-    Exercise("Log-prob and entropy, forward and backward, in PyTorch", "sample", ("rows_forward", "rows_backward"), 8, 2.5,
+    Exercise("Log-prob and entropy, forward and backward, in PyTorch", "sample", ("rows_forward", "rows_backward"), 7, 2.5,
              "logprob = (x_y - m) - log d, H = log d - s / d; d logprob / dx = onehot(y) - p, dH / dx = -p (log p + H). "
              "Source: README, \"The log-prob kernel\"; Milakov and Gimelshein 2018, arXiv 1805.02867.",
              "sample.py, section 5", "Everything in fp32. x is logits times scale, and the gradient is with respect to "
              "the logits. e^-inf is 0, but 0 * -inf is NaN. A masked target: zeros.", check_rows,
              hides=("_forward_kernel", "_backward_kernel")),
-    Exercise("The same online, in Triton", "sample", ("_forward_kernel", "_backward_kernel"), 8, 3.5,
+    Exercise("The same online, in Triton", "sample", ("_forward_kernel", "_backward_kernel"), 7, 3.5,
              "m' = max(m, max x_block); d' = d e^(m-m') + sum e^(x-m'); s' = e^(m-m') (s + (m-m') d) + sum e^(x-m') (x-m'). "
              "stats[row] = logprob, entropy, m, log d. Source: README, \"The log-prob kernel\".",
              "sample.py, section 5; `forward_triton` and `backward_triton` launch the kernels",
@@ -391,19 +407,25 @@ EXERCISES = [
              "A_i = (r_i - mean r) / (std r + eps), N - 1 in std. Source: Shao et al. 2024, arXiv 2402.03300, section 4.1.2; "
              "without std: Liu et al. 2025 (Dr. GRPO), arXiv 2503.20783.",
              "grpo.py, top", "A group of one has no std.", check_advantages),
-    Exercise("Three estimators of the KL, and what their gradients do", "grpo", ("kl_estimate",), 5, 1.0,
+    Exercise("Three estimators of the KL, and what their gradients do", "grpo", ("kl_estimate",), 4, 1.0,
              "d = log pi_ref - log pi: k1 = -d, k2 = d^2 / 2, k3 = e^d - d - 1. Source: Schulman 2020, "
              "joschu.net/blog/kl-approx.html.",
              "grpo.py, top", "All are differentiated through log pi. Then work out: which gradient is 0 on average, and "
              "which is the KL's?", check_kl),
-    Exercise("The loss, with its three normalisers", "grpo", ("grpo_loss",), 8, 2.5,
+    Exercise("The loss, with its three normalisers", "grpo", ("grpo_loss",), 7, 2.5,
              "The docstring's; sequence, token or constant. Source: Shao et al. 2024, eq. 3; Yu et al. 2025 (DAPO), "
              "arXiv 2503.14476, eq. 8; Liu et al. 2025.",
              "grpo.py, top and section 1", "What lies behind the mask may be NaN, and NaN * 0 is NaN.", check_loss),
-    Exercise("Wilson's interval and a paired test", "eval", ("wilson", "mcnemar"), 5, 1.0,
+    Exercise("Wilson's interval and a paired test", "eval", ("wilson", "mcnemar"), 4, 1.0,
              "middle = (p + z^2/2n) / (1 + z^2/n), half = z sqrt(p(1-p)/n + z^2/4n^2) / (1 + z^2/n). Source: Wilson 1927; "
              "McNemar 1947, the exact binomial form.",
              "eval.py, top", "Only the problems on which the two differ count, and 2 P can exceed 1.", check_chance),
+    Exercise("Influence without a pair", "eval", ("influence",), 8, 3.0,
+             "dJ(q) = sqrt(alpha (1 - alpha)) (mean of <grad log pi(o+|q), G> - mean of <grad log pi(o-|q), G>), G = mean "
+             "over all queries and rollouts of A grad log pi. Source: BRIDGE, Proposition 3.1 and appendix B.7.",
+             "README, \"The method in one page\"; grpo.py, sections 1 and 3",
+             "An inner product with a mean is a mean of inner products, so no pair is formed. A query's own rollouts "
+             "are a part of G, with the weight 1 / Q: leave_one_out takes them out.", check_influence, tolerance=0.01),
     Exercise("Experiment: advantages without std", "", ("std",), 5, 1.0,
              "std.csv and no-std.csv: `python grpo.py --ckpt sft.pt --steps 24 --prompts 6 --eval-every 0 --out std.pt`, "
              "and with --no-std --out no-std.pt.", "grpo.py, `group_advantages`",
@@ -412,7 +434,7 @@ EXERCISES = [
     Exercise("Experiment: the clip, with two epochs", "", ("clip",), 5, 1.0,
              "std.csv (one epoch, as above) and epochs-2.csv: the same with --epochs 2.", "grpo.py, departure 1, `update`",
              "Why is the first exactly 0?", compare_runs("clip", "std.csv", "epochs-2.csv", CLIP)),
-    Exercise("Experiment: behaviors on and off, at equal questions", "", ("behaviors",), 6, 1.5,
+    Exercise("Experiment: behaviors on and off, at equal questions", "", ("behaviors",), 5, 1.5,
              "std.csv (bridge) and vanilla.csv: the same from `python sft.py --n 500 --method vanilla --out vanilla-sft.pt`.",
              "README, \"Does BRIDGE help at this size?\"", "Gain: mean of the last 10 steps less that of the first 10. One "
              "seed proves nothing: say what would.", compare_runs("behaviors", "std.csv", "vanilla.csv", BEHAVIORS)),

@@ -21,7 +21,6 @@ from exercises import EXERCISES
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 CHAPTERS = ("data", "inject", "sample", "sft", "grpo", "eval")
-TOLERANCE = 1e-3          # of the largest number among those that are compared together
 MOST_BYTES = 20_000_000   # of a result, and of any file that a submission writes
 USERS = range(60_578, 61_184)  # nobody's by convention: a submission runs as one of them, who owns nothing
 
@@ -274,17 +273,15 @@ def largest(value):
     return abs(value) if number and math.isfinite(value) else 0.0
 
 
-def difference(yours, expected, scale=None, where=""):
-    """The first place where two results differ, as text, or "". Numbers that a check returns together may
-    differ by TOLERANCE of the largest of them."""
-    scale = largest(expected) if scale is None else scale
+def difference(yours, expected, tolerance, where=""):
+    """The first place where two results differ by more than `tolerance`, as text, or ""."""
     number = isinstance(expected, float) and isinstance(yours, (int, float)) and not isinstance(yours, bool)
-    if number and math.isfinite(expected) and abs(yours - expected) <= TOLERANCE * scale:
+    if number and math.isfinite(expected) and abs(yours - expected) <= tolerance:
         return ""
     if isinstance(expected, (list, dict)) and type(yours) is type(expected) and len(yours) == len(expected):
         keys = expected if isinstance(expected, dict) else range(len(expected))
         if isinstance(expected, list) or set(yours) == set(expected):
-            found = (difference(yours[k], expected[k], scale, f"{where}[{k}]") for k in keys)
+            found = (difference(yours[k], expected[k], tolerance, f"{where}[{k}]") for k in keys)
             return next(filter(None, found), "")
     if type(yours) is type(expected) and yours == expected:
         return ""
@@ -296,7 +293,7 @@ def shorten(value):
     return text if len(text) <= 200 else text[:200] + " ..."
 
 
-def judge(result, expected):
+def judge(result, expected, tolerance):
     """What is wrong with a result, or ""."""
     if "error" in result:
         return result["error"]
@@ -307,7 +304,7 @@ def judge(result, expected):
         return "no result of the form that is expected"
     lines = []
     for label in expected:
-        if text := difference(yours[label], expected[label], where=label):
+        if text := difference(yours[label], expected[label], tolerance * largest(expected[label]), label):
             lines.append(text if shown else f"{label}: yours {shorten(yours[label])} is not what the logs say")
     return "\n".join(lines[:3]) + (f"\n... and {len(lines) - 3} more" if len(lines) > 3 else "")
 
@@ -372,7 +369,7 @@ def grade(submission, seed, limits=(10, 2), chosen=None, cache=None):
         expected = None
         if exercise.chapter:
             expected = known["values"][str(k)] if known else reference_values(exercise, k, seed, cache)
-        wrong = judge(result, expected)
+        wrong = judge(result, expected, exercise.tolerance)
         rows.append((k, exercise, 0 if wrong else exercise.points, wrong))
     return rows
 
