@@ -92,8 +92,10 @@ def check_answer(data, seed):
     texts = [f"{think}<answer>\nThe final answer is {box}.\n</answer>",
              f"x = 4.</think><answer>{box}</answer>\n", f"{think}<answer>\\boxed{{-{n}}}</answer>",
              f"{think}<answer>{box} or \\boxed{{{other}}}</answer>", f"{think}<answer>{box}{box}</answer>",
-             f"{think}{box}", f"<answer>{box}</answer>", f"{think}<answer>{n}</answer>", f"{think}{box}<answer></answer>",
-             f"<think>{box}</think><answer>{box}</answer>", f"{think}<answer>{box}</answer> so {box}", f"{think}<answer>{box}</answer> at last",
+             f"{think}{box}", f"<answer>{box}</answer>", f"{think}<answer>{n}</answer>",
+             f"{think}{box}<answer></answer>",
+             f"<think>{box}</think><answer>{box}</answer>", f"{think}<answer>{box}</answer> so {box}",
+             f"{think}<answer>{box}</answer> at last",
              f"{think}<answer>{box}</answer><answer>{box}</answer>", f"{think}<answer>{box}",
              f"{think}<answer>\\boxed{{{n}.0}}</answer>", f"{think}<answer>\\boxed{{+{n}}}</answer>",
              f"{think}<answer>\\boxed{{{arabic}}}</answer>", f"{think}<answer>\\boxed{{ {n}}}</answer>",
@@ -145,12 +147,14 @@ def check_step(sample, seed):
     rng, policy = Random(seed), sharp_policy(sft, seed)
     prompts = [random_tokens(rng, 1000, 2, 12) for _ in range(4)]
     engine = sample.Decoder(policy.model, 12, 32, 4, 128)
-    engine.sync, engine.out_token = 4, engine.out_token.repeat(4, 1)  # four steps without the host, as on CUDA
+    # four steps between two looks of the host, as on CUDA
+    engine.sync, engine.out_token = 4, engine.out_token.repeat(4, 1)
     engine.out_logprob, out = engine.out_logprob.repeat(4, 1), {}
     for label, policy.engine in ("one step at a time", None), ("four", engine):
         groups = sample.generate(policy, prompts, n=3, max_new_tokens=10, temperature=1.0, seed=seed)
         rollouts = [rollout for group in groups for rollout in group]
-        out |= {f"tokens, {label}": [r.tokens for r in rollouts], f"logprobs, {label}": [r.logprobs for r in rollouts]}
+        out |= {f"tokens, {label}": [r.tokens for r in rollouts],
+                f"logprobs, {label}": [r.logprobs for r in rollouts]}
     return out
 
 
@@ -258,9 +262,10 @@ def check_loss(grpo, seed):
     weight, entropy = (torch.rand(B, T, generator=g) + 0.5 for _ in range(2))
     advantages = torch.randn(B, generator=g)
     behind = [x.masked_fill(~mask, math.nan) for x in (logprob, old, ref)]
-    settings = [dict(norm=norm, denom=denom) for norm in ("sequence", "token", "constant") for denom in (None, 50)]
-    settings += [dict(beta=0.3), dict(beta=0.3, kl="k1"), dict(clip=0.1, clip_high=0.3), dict(clip=0.5, beta=0.0),
-                 dict(weight=weight), dict(entropy=entropy, entropy_bonus=0.2)]
+    norms = itertools.product(("sequence", "token", "constant"), (None, 50))
+    settings = [dict(norm=norm, denom=denom) for norm, denom in norms]
+    settings += [dict(beta=0.3), dict(beta=0.3, kl="k1"), dict(clip=0.1, clip_high=0.3),
+                 dict(clip=0.5, beta=0.0), dict(weight=weight), dict(entropy=entropy, entropy_bonus=0.2)]
     for options in settings:
         x = behind[0].clone().requires_grad_()
         reference = None if options.get("beta") == 0 else behind[2]
@@ -281,7 +286,8 @@ def check_chance(eval_, seed):
     for i in range(6):
         before = [int(rng.random() < 0.4) for _ in range(40)]
         after = [int(rng.random() < 0.4 + 0.08 * i) for _ in before]
-        out[f"mcnemar {i}"], out[f"mcnemar {i}, turned"] = eval_.mcnemar(before, after), eval_.mcnemar(after, before)
+        out[f"mcnemar {i}"] = eval_.mcnemar(before, after)
+        out[f"mcnemar {i}, turned"] = eval_.mcnemar(after, before)
     out["mcnemar, no difference"] = eval_.mcnemar(before, before)
     return out
 
@@ -297,7 +303,7 @@ def check_influence(eval_, seed):
     rewards = torch.tensor([[1.0, 0, 0, 0, 0, 0], [1] * 6, [0] * 6, [1, 1, 1, 1, 1, 0], [0, 1, 0, 1, 0, 1]])
     for options in (dict(), dict(temperature=1.4), dict(leave_one_out=True)):
         alpha, delta = eval_.influence(policy, groups, rewards, **options)
-        out |= {f"alpha, {options}": alpha, f"delta, {options}": delta, f"exactly 0, {options}": (delta == 0).tolist()}
+        out |= {f"alpha, {options}": alpha, f"delta, {options}": delta, f"exactly 0, {options}": delta == 0}
     return out
 
 
@@ -310,7 +316,8 @@ def read_log(folder, name):
     if log["step"] != list(range(1, len(rows) + 1)) or len(rows) < 20:
         raise ValueError(f"{name}: fewer than 20 steps, or not all of them")
     shares = zip(log["all_wrong"], log["mixed"], log["all_right"])
-    if any(abs(sum(share) - 1) > 1e-4 or min(share) < 0 for share in shares) or len(set(log["grad_norm"])) < 15:
+    sound = all(abs(sum(share) - 1) < 1e-4 and min(share) >= 0 for share in shares)
+    if not sound or len(set(log["grad_norm"])) < 15:
         raise ValueError(f"{name}: not a log that grpo.py wrote")
     return log
 
@@ -320,7 +327,7 @@ def mean(values):
 
 
 def compare_runs(name, a, b, questions):
-    """A check of two logs: what answers.json says beside what the logs say, the figure, and the same start."""
+    """A check of two logs: what answers.json says beside what the logs say, and the figure."""
     def check(folder):
         logs = [read_log(folder, name) for name in (a, b)]
         given = json.loads((folder / "answers.json").read_text()).get(name, {})
@@ -338,104 +345,177 @@ def larger(a, b, names):
     return names[0] if a > b else names[1]
 
 
-STD = {"grad_norm with std": lambda a, b: mean(a["grad_norm"]), "grad_norm without": lambda a, b: mean(b["grad_norm"]),
+def end(column):
+    return mean(column[-10:])
+
+
+def gain(column):
+    return end(column) - mean(column[:10])
+
+
+def same_start(a, b):
+    first = a["reward"][0], b["reward"][0]
+    return list(first) if first[0] == first[1] else "not equal: other flags or seeds differ"
+
+
+STD = {"grad_norm with std": lambda a, b: mean(a["grad_norm"]),
+       "grad_norm without": lambda a, b: mean(b["grad_norm"]),
        "ratio": lambda a, b: mean(a["grad_norm"]) / mean(b["grad_norm"]),
-       "first step's reward in both": lambda a, b: [a["reward"][0]] * 2 if a["reward"][0] == b["reward"][0] else "not equal: other flags or seeds differ",
-       "higher reward in the last 10 steps": lambda a, b: larger(mean(a["reward"][-10:]), mean(b["reward"][-10:]), ("std", "no-std"))}
-CLIP = {"clip_frac, one epoch": lambda a, b: mean(a["clip_frac"]), "clip_frac, two": lambda a, b: mean(b["clip_frac"]),
-        "first step's reward in both": STD["first step's reward in both"],
+       "first step's reward in both": same_start,
+       "higher reward in the last 10 steps": lambda a, b: larger(end(a["reward"]), end(b["reward"]),
+                                                                 ("std", "no-std"))}
+CLIP = {"clip_frac, one epoch": lambda a, b: mean(a["clip_frac"]),
+        "clip_frac, two": lambda a, b: mean(b["clip_frac"]),
+        "first step's reward in both": same_start,
         "largest clip_frac, at step": lambda a, b: b["clip_frac"].index(max(b["clip_frac"])) + 1,
-        "higher KL in the last 10 steps": lambda a, b: larger(mean(a["kl"][-10:]), mean(b["kl"][-10:]), ("one", "two"))}
+        "higher KL in the last 10 steps": lambda a, b: larger(end(a["kl"]), end(b["kl"]), ("one", "two"))}
 BEHAVIORS = {"mixed in the first 10 steps, bridge": lambda a, b: mean(a["mixed"][:10]),
              "mixed in the first 10 steps, vanilla": lambda a, b: mean(b["mixed"][:10]),
-             "tokens a rollout, bridge / vanilla": lambda a, b: mean(a["mean_tokens"]) / mean(b["mean_tokens"]),
-             "gain in reward, bridge": lambda a, b: mean(a["reward"][-10:]) - mean(a["reward"][:10]),
-             "gain in reward, vanilla": lambda a, b: mean(b["reward"][-10:]) - mean(b["reward"][:10])}
+             "tokens, bridge / vanilla": lambda a, b: mean(a["mean_tokens"]) / mean(b["mean_tokens"]),
+             "gain in reward, bridge": lambda a, b: gain(a["reward"]),
+             "gain in reward, vanilla": lambda a, b: gain(b["reward"])}
 
 
-# --------------------------------------------------------------------------------------------------- the table
+# -------------------------------------------------------------------------------------------------- the table
 EXERCISES = [
-    Exercise("Evaluate a graph and count its operations", "data", ("read_values", "count_operations"), 4, 1.0,
-             "Values: parents first. Operations: those of all nodes that the target depends on, itself included, each once. "
-             "Source: Ye et al. 2024, arXiv 2407.20311.",
-             "data.py, top and section 1", "`needed_nodes(nodes, *nodes)` gives an order; `evaluate` does one node. "
-             "Refuse by ValueError: a circle, over MOST_NODES or MOST_PARENTS, a value of LARGEST or more.", check_graph),
-    Exercise("A formula, one operation at a time", "data", ("subgoal_chain",), 4, 0.5,
-             "13 + 5 + 6 = 18 + 6 = 24. Source: BRIDGE, arXiv 2505.18917, section 4.1.",
-             "data.py, `reduce_once`; inject.py, top", "The given formula is not part of the result; its value is.",
-             check_chain),
-    Exercise("A reward that cannot be gamed", "data", ("read_answer",), 6, 1.5,
-             "The integer of the one \\boxed{...}, ASCII digits with an optional minus, inside the one <answer>...</answer> "
-             "that follows the one </think> and ends the text; else None. No <answer>, \\boxed or second <think> before "
-             "</think>; the first <think> may be missing. A number has at most 100 digits. Source: deviation 3 in README.",
-             "data.py, section 8", "Cut at the first </think>; then say what either part must not hold.", check_answer),
-    Exercise("Locked nodes and reflection", "inject", ("locked_nodes", "reflect"), 5, 1.0,
-             "Locked: at least one parent is not solved. Source: BRIDGE, Algorithm 1 and appendix B.3.",
-             "inject.py, top", "`data.open_step(...)` makes the step; `._replace(missing=...)` a copy. Keep the order of "
-             "`node.parents`.", check_locked),
-    Exercise("Draw a token, with its log-prob", "sample", ("draw",), 6, 2.0,
-             "P(ends[v-1] <= point < ends[v]) = p_v with ends = cumsum(floor(2^40 p)); p = softmax(x / temperature). "
-             "Source: the comment above `draw`.",
-             "sample.py, section 3, to `draw`", "Two draws of 22 bits are hash_of(key, 2 position + {0, 1}) >> 10: the "
-             "point is the share high / 2^22 + low / 2^44 of the line, rounded down, in whole numbers below 2^63.",
-             check_draw),
-    Exercise("One decode step over a KV cache", "sample", ("Decoder.step",), 7, 3.0,
-             "softmax(q K / sqrt(D)) V over the prompt's cached tokens and the row's own columns 0 ... column. Source: "
-             "Vaswani et al. 2017, eq. 1; the shapes are in the comments of section 3.",
-             "sample.py, section 3: `Decoder`, `transformer`, `attention`", "Write this token's keys and values before "
-             "you attend. A row's position is its prompt's cached length plus its column. What a row draws goes to "
-             "out_token and out_logprob at `count`, and is its next token; count and column move on.", check_step),
-    Exercise("Log-prob and entropy, forward and backward, in PyTorch", "sample", ("rows_forward", "rows_backward"), 7, 2.5,
-             "logprob = (x_y - m) - log d, H = log d - s / d; d logprob / dx = onehot(y) - p, dH / dx = -p (log p + H). "
-             "Source: README, \"The log-prob kernel\"; Milakov and Gimelshein 2018, arXiv 1805.02867.",
-             "sample.py, section 5", "Everything in fp32. x is logits times scale, and the gradient is with respect to "
-             "the logits. e^-inf is 0, but 0 * -inf is NaN. A masked target: zeros.", check_rows,
-             hides=("_forward_kernel", "_backward_kernel")),
-    Exercise("The same online, in Triton", "sample", ("_forward_kernel", "_backward_kernel"), 7, 3.5,
-             "m' = max(m, max x_block); d' = d e^(m-m') + sum e^(x-m'); s' = e^(m-m') (s + (m-m') d) + sum e^(x-m') (x-m'). "
-             "stats[row] = logprob, entropy, m, log d. Source: README, \"The log-prob kernel\".",
-             "sample.py, section 5; `forward_triton` and `backward_triton` launch the kernels",
-             "One program a row forward, one a row and block backward. A masked row (-100) leaves its stats, and gets a "
-             "gradient of 0. Load outside of the vocabulary as -inf.", check_kernels),
-    Exercise("The prompt's mask in SFT", "sft", ("collate",), 5, 1.0,
-             "targets[b, t] = token t + 1 where that belongs to the response, else -100.",
-             "sft.py, top and section 1", "Decide by lengths, never by token values.", check_collate),
-    Exercise("Micro-batches that add up exactly", "sft", ("add_gradient",), 6, 1.0,
-             "loss = -sum over the batch of log pi / answer tokens of the batch, whatever the micro-batches.",
-             "sft.py, `micro_batches`", "Which denominator is the same for all parts?", check_accumulation),
-    Exercise("Advantages of a group", "grpo", ("group_advantages",), 5, 0.5,
-             "A_i = (r_i - mean r) / (std r + eps), N - 1 in std. Source: Shao et al. 2024, arXiv 2402.03300, section 4.1.2; "
-             "without std: Liu et al. 2025 (Dr. GRPO), arXiv 2503.20783.",
-             "grpo.py, top", "A group of one has no std.", check_advantages),
-    Exercise("Three estimators of the KL, and what their gradients do", "grpo", ("kl_estimate",), 4, 1.0,
-             "d = log pi_ref - log pi: k1 = -d, k2 = d^2 / 2, k3 = e^d - d - 1. Source: Schulman 2020, "
-             "joschu.net/blog/kl-approx.html.",
-             "grpo.py, top", "All are differentiated through log pi. Then work out: which gradient is 0 on average, and "
-             "which is the KL's?", check_kl),
-    Exercise("The loss, with its three normalisers", "grpo", ("grpo_loss",), 7, 2.5,
-             "The docstring's; sequence, token or constant. Source: Shao et al. 2024, eq. 3; Yu et al. 2025 (DAPO), "
-             "arXiv 2503.14476, eq. 8; Liu et al. 2025.",
-             "grpo.py, top and section 1", "What lies behind the mask may be NaN, and NaN * 0 is NaN.", check_loss),
-    Exercise("Wilson's interval and a paired test", "eval", ("wilson", "mcnemar"), 4, 1.0,
-             "middle = (p + z^2/2n) / (1 + z^2/n), half = z sqrt(p(1-p)/n + z^2/4n^2) / (1 + z^2/n). Source: Wilson 1927; "
-             "McNemar 1947, the exact binomial form.",
-             "eval.py, top", "Only the problems on which the two differ count, and 2 P can exceed 1.", check_chance),
-    Exercise("Influence without a pair", "eval", ("influence",), 8, 3.0,
-             "dJ(q) = sqrt(alpha (1 - alpha)) (mean of <grad log pi(o+|q), G> - mean of <grad log pi(o-|q), G>), G = mean "
-             "over all queries and rollouts of A grad log pi. Source: BRIDGE, Proposition 3.1 and appendix B.7.",
-             "README, \"The method in one page\"; grpo.py, sections 1 and 3",
-             "An inner product with a mean is a mean of inner products, so no pair is formed. A query's own rollouts "
-             "are a part of G, with the weight 1 / Q: leave_one_out takes them out.", check_influence, tolerance=0.01),
-    Exercise("Experiment: advantages without std", "", ("std",), 5, 1.0,
-             "std.csv and no-std.csv: `python grpo.py --ckpt sft.pt --steps 24 --prompts 6 --eval-every 0 --out std.pt`, "
-             "and with --no-std --out no-std.pt.", "grpo.py, `group_advantages`",
-             "Which groups weigh more with std, and what would that do to lr?",
-             compare_runs("std", "std.csv", "no-std.csv", STD)),
-    Exercise("Experiment: the clip, with two epochs", "", ("clip",), 5, 1.0,
-             "std.csv (one epoch, as above) and epochs-2.csv: the same with --epochs 2.", "grpo.py, departure 1, `update`",
-             "Why is the first exactly 0?", compare_runs("clip", "std.csv", "epochs-2.csv", CLIP)),
-    Exercise("Experiment: behaviors on and off, at equal questions", "", ("behaviors",), 5, 1.5,
-             "std.csv (bridge) and vanilla.csv: the same from `python sft.py --n 500 --method vanilla --out vanilla-sft.pt`.",
-             "README, \"Does BRIDGE help at this size?\"", "Gain: mean of the last 10 steps less that of the first 10. One "
-             "seed proves nothing: say what would.", compare_runs("behaviors", "std.csv", "vanilla.csv", BEHAVIORS)),
+    Exercise(
+        "Evaluate a graph and count its operations",
+        "data", ("read_values", "count_operations"), points=4, hours=1.0,
+        formula="Values: parents first. Operations: those of all nodes that the target depends on, itself "
+                "included, each once. Source: Ye et al. 2024, arXiv 2407.20311.",
+        read="data.py, top and section 1",
+        hint="`needed_nodes(nodes, *nodes)` gives an order; `evaluate` does one node. Refuse by ValueError:"
+             " a circle, over MOST_NODES or MOST_PARENTS, a value of LARGEST or more.",
+        check=check_graph),
+    Exercise(
+        "A formula, one operation at a time", "data", ("subgoal_chain",), points=4, hours=0.5,
+        formula="13 + 5 + 6 = 18 + 6 = 24. Source: BRIDGE, arXiv 2505.18917, section 4.1.",
+        read="data.py, `reduce_once`; inject.py, top",
+        hint="The given formula is not part of the result; its value is.",
+        check=check_chain),
+    Exercise(
+        "A reward that cannot be gamed", "data", ("read_answer",), points=6, hours=1.5,
+        formula="The integer of the one \\boxed{...}, ASCII digits with an optional minus, inside the one "
+                "<answer>...</answer> that follows the one </think> and ends the text; else None. No "
+                "<answer>, \\boxed or second <think> before </think>; the first <think> may be missing. A "
+                "number has at most 100 digits. Source: deviation 3 in README.",
+        read="data.py, section 8",
+        hint="Cut at the first </think>; then say what either part must not hold.",
+        check=check_answer),
+    Exercise(
+        "Locked nodes and reflection", "inject", ("locked_nodes", "reflect"), points=5, hours=1.0,
+        formula="Locked: at least one parent is not solved. Source: BRIDGE, Algorithm 1 and appendix B.3.",
+        read="inject.py, top",
+        hint="`data.open_step(...)` makes the step; `._replace(missing=...)` a copy. Keep the order of "
+             "`node.parents`.",
+        check=check_locked),
+    Exercise(
+        "Draw a token, with its log-prob", "sample", ("draw",), points=6, hours=2.0,
+        formula="P(ends[v-1] <= point < ends[v]) = p_v with ends = cumsum(floor(2^40 p)); p = softmax(x / "
+                "temperature). Source: the comment above `draw`.",
+        read="sample.py, section 3, to `draw`",
+        hint="Two draws of 22 bits are hash_of(key, 2 position + {0, 1}) >> 10: the point is the share high"
+             " / 2^22 + low / 2^44 of the line, rounded down, in whole numbers below 2^63.",
+        check=check_draw),
+    Exercise(
+        "One decode step over a KV cache", "sample", ("Decoder.step",), points=7, hours=3.0,
+        formula="softmax(q K / sqrt(D)) V over the prompt's cached tokens and the row's own columns 0 ... "
+                "column. Source: Vaswani et al. 2017, eq. 1; the shapes are in the comments of section 3.",
+        read="sample.py, section 3: `Decoder`, `transformer`, `attention`",
+        hint="Write this token's keys and values before you attend. A row's position is its prompt's cached"
+             " length plus its column. What a row draws goes to out_token and out_logprob at `count`, and "
+             "is its next token; count and column move on.",
+        check=check_step),
+    Exercise(
+        "Log-prob and entropy, forward and backward, in PyTorch",
+        "sample", ("rows_forward", "rows_backward"), points=7, hours=2.5,
+        formula="logprob = (x_y - m) - log d, H = log d - s / d; d logprob / dx = onehot(y) - p, dH / dx = "
+                '-p (log p + H). Source: README, "The log-prob kernel"; Milakov and Gimelshein 2018, arXiv '
+                "1805.02867.",
+        read="sample.py, section 5",
+        hint="Everything in fp32. x is logits times scale, and the gradient is with respect to the logits. "
+             "e^-inf is 0, but 0 * -inf is NaN. A masked target: zeros.",
+        check=check_rows, hides=("_forward_kernel", "_backward_kernel")),
+    Exercise(
+        "The same online, in Triton", "sample", ("_forward_kernel", "_backward_kernel"), points=7, hours=3.5,
+        formula="m' = max(m, max x_block); d' = d e^(m-m') + sum e^(x-m'); s' = e^(m-m') (s + (m-m') d) + "
+                "sum e^(x-m') (x-m'). stats[row] = logprob, entropy, m, log d. Source: README, \"The "
+                'log-prob kernel".',
+        read="sample.py, section 5; `forward_triton` and `backward_triton` launch the kernels",
+        hint="One program a row forward, one a row and block backward. A masked row (-100) leaves its "
+             "stats, and gets a gradient of 0. Load outside of the vocabulary as -inf.",
+        check=check_kernels),
+    Exercise(
+        "The prompt's mask in SFT", "sft", ("collate",), points=5, hours=1.0,
+        formula="targets[b, t] = token t + 1 where that belongs to the response, else -100.",
+        read="sft.py, top and section 1",
+        hint="Decide by lengths, never by token values.",
+        check=check_collate),
+    Exercise(
+        "Micro-batches that add up exactly", "sft", ("add_gradient",), points=6, hours=1.0,
+        formula="loss = -sum over the batch of log pi / answer tokens of the batch, whatever the "
+                "micro-batches.",
+        read="sft.py, `micro_batches`",
+        hint="Which denominator is the same for all parts?",
+        check=check_accumulation),
+    Exercise(
+        "Advantages of a group", "grpo", ("group_advantages",), points=5, hours=0.5,
+        formula="A_i = (r_i - mean r) / (std r + eps), N - 1 in std. Source: Shao et al. 2024, arXiv "
+                "2402.03300, section 4.1.2; without std: Liu et al. 2025 (Dr. GRPO), arXiv 2503.20783.",
+        read="grpo.py, top",
+        hint="A group of one has no std.",
+        check=check_advantages),
+    Exercise(
+        "Three estimators of the KL, and what their gradients do",
+        "grpo", ("kl_estimate",), points=4, hours=1.0,
+        formula="d = log pi_ref - log pi: k1 = -d, k2 = d^2 / 2, k3 = e^d - d - 1. Source: Schulman 2020, "
+                "joschu.net/blog/kl-approx.html.",
+        read="grpo.py, top",
+        hint="All are differentiated through log pi. Then work out: which gradient is 0 on average, and "
+             "which is the KL's?",
+        check=check_kl),
+    Exercise(
+        "The loss, with its three normalisers", "grpo", ("grpo_loss",), points=7, hours=2.5,
+        formula="The docstring's; sequence, token or constant. Source: Shao et al. 2024, eq. 3; Yu et al. "
+                "2025 (DAPO), arXiv 2503.14476, eq. 8; Liu et al. 2025.",
+        read="grpo.py, top and section 1",
+        hint="What lies behind the mask may be NaN, and NaN * 0 is NaN.",
+        check=check_loss),
+    Exercise(
+        "Wilson's interval and a paired test", "eval", ("wilson", "mcnemar"), points=4, hours=1.0,
+        formula="middle = (p + z^2/2n) / (1 + z^2/n), half = z sqrt(p(1-p)/n + z^2/4n^2) / (1 + z^2/n). "
+                "Source: Wilson 1927; McNemar 1947, the exact binomial form.",
+        read="eval.py, top",
+        hint="Only the problems on which the two differ count, and 2 P can exceed 1.",
+        check=check_chance),
+    Exercise(
+        "Influence without a pair", "eval", ("influence",), points=8, hours=3.0,
+        formula="dJ(q) = sqrt(alpha (1 - alpha)) (mean of <grad log pi(o+|q), G> - mean of <grad log "
+                "pi(o-|q), G>), G = mean over all queries and rollouts of A grad log pi. Source: BRIDGE, "
+                "Proposition 3.1 and appendix B.7.",
+        read='README, "The method in one page"; grpo.py, sections 1 and 3',
+        hint="An inner product with a mean is a mean of inner products, so no pair is formed. A query's own"
+             " rollouts are a part of G, with the weight 1 / Q: leave_one_out takes them out.",
+        check=check_influence, tolerance=0.01),
+    Exercise(
+        "Experiment: advantages without std", "", ("std",), points=5, hours=1.0,
+        formula="std.csv and no-std.csv: `python grpo.py --ckpt sft.pt --steps 24 --prompts 6 --eval-every "
+                "0 --out std.pt`, and with --no-std --out no-std.pt.",
+        read="grpo.py, `group_advantages`",
+        hint="Which groups weigh more with std, and what would that do to lr?",
+        check=compare_runs("std", "std.csv", "no-std.csv", STD)),
+    Exercise(
+        "Experiment: the clip, with two epochs", "", ("clip",), points=5, hours=1.0,
+        formula="std.csv (one epoch, as above) and epochs-2.csv: the same with --epochs 2.",
+        read="grpo.py, departure 1, `update`",
+        hint="Why is the first exactly 0?",
+        check=compare_runs("clip", "std.csv", "epochs-2.csv", CLIP)),
+    Exercise(
+        "Experiment: behaviors on and off, at equal questions", "", ("behaviors",), points=5, hours=1.5,
+        formula="std.csv (bridge) and vanilla.csv: the same from `python sft.py --n 500 --method vanilla "
+                "--out vanilla-sft.pt`.",
+        read='README, "Does BRIDGE help at this size?"',
+        hint="Gain: mean of the last 10 steps less that of the first 10. One seed proves nothing: say what "
+             "would.",
+        check=compare_runs("behaviors", "std.csv", "vanilla.csv", BEHAVIORS)),
 ]

@@ -9,11 +9,11 @@ copy's: the chapters that they build on, the checks, the inputs, drawn from --se
 nothing that a submission holds besides can change a result. Each exercise runs in a process of its own, with
 limits of time and memory and, for root, a user of its own; what comes back are values, never a verdict.
 
-In a students' copy the chapters are incomplete: there the expected values lie in expected.json, drawn from one
-known seed, and an exercise needs the exercises before it that it builds on.
+In a students' copy the chapters are incomplete: there the expected values lie in expected.json, drawn from
+one known seed, and an exercise needs the exercises before it that it builds on.
 """
-import argparse, ast, functools, importlib, json, math, os, pwd, random, re, resource, secrets, select, shutil, signal
-import sys, tempfile, textwrap, time
+import argparse, ast, functools, importlib, json, math, os, pwd, random, re, resource, secrets, select, shutil
+import signal, sys, tempfile, textwrap, time
 from pathlib import Path
 
 from exercises import EXERCISES
@@ -47,14 +47,15 @@ def bound(statement):
         return {statement.name}
     if isinstance(statement, (ast.Import, ast.ImportFrom)):
         return {(alias.asname or alias.name).split(".")[0] for alias in statement.names}
-    return {node.id for node in ast.walk(statement) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    names = [node for node in ast.walk(statement) if isinstance(node, ast.Name)]
+    return {node.id for node in names if isinstance(node.ctx, ast.Store)}
 
 
 def find(tree, name):
     """The function "draw" or "Decoder.step" of a file, the last one of that name, or None."""
     owner, _, function = name.rpartition(".")
-    found = [s for scope, s in scopes(tree) if scope == owner and isinstance(s, ast.FunctionDef) and s.name == function]
-    return found[-1] if found else None
+    functions = [s for scope, s in scopes(tree) if scope == owner and isinstance(s, ast.FunctionDef)]
+    return next((s for s in reversed(functions) if s.name == function), None)
 
 
 def lines_of(text, statement):
@@ -74,7 +75,8 @@ def readable(text, names):
     parts = []
     for name in names:
         owner, _, function = name.rpartition(".")
-        block = re.search(rf"^(?:[ ]*@.*\n)*([ ]*)def {function}\(.*\n(?:(?:\1[ ]+.*|[ ]*|\1\).*)\n)*", text + "\n", re.M)
+        block = re.search(rf"^(?:[ ]*@.*\n)*([ ]*)def {function}\(.*\n(?:(?:\1[ ]+.*|[ ]*|\1\).*)\n)*",
+                          text + "\n", re.M)
         if block:
             part = textwrap.dedent(block[0])
             parts.append(f"class {owner}:\n{textwrap.indent(part, '    ')}" if owner else part)
@@ -87,15 +89,16 @@ def helpers(tree, reference, function, owner):
     """What a function uses that only its own file defines, as (scope, statement), in the file's order."""
     known = {(scope, name) for scope, s in scopes(reference) for name in bound(s)}
     there = [(scope, s) for scope, s in scopes(tree) if scope in ("", owner)
-             and not any((scope, name) in known for name in bound(s)) and not isinstance(s, (ast.If, ast.Expr))]
+             and not isinstance(s, (ast.If, ast.Expr)) and known.isdisjoint((scope, name) for name in bound(s))]
     wanted, waiting = [], [function]
     while waiting:
         nodes = list(ast.walk(waiting.pop()))
         used = {("", node.id) for node in nodes if isinstance(node, ast.Name)}
         used |= {(owner, node.attr) for node in nodes if owner and isinstance(node, ast.Attribute)}
-        new = [pair for pair in there if pair not in wanted and any((pair[0], name) in used for name in bound(pair[1]))]
-        wanted += new
-        waiting += [statement for _, statement in new]
+        for scope, s in there:
+            if (scope, s) not in wanted and not used.isdisjoint((scope, name) for name in bound(s)):
+                wanted.append((scope, s))
+                waiting.append(s)
     return [pair for pair in there if pair in wanted]
 
 
@@ -176,14 +179,14 @@ def restrict(user, pipe, seconds, gigabytes):
     null = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):  # what it prints costs it time alone
         os.dup2(null, descriptor)
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() if os.path.exists("/proc") else 0
-    limits = {"RLIMIT_CPU": int(seconds) + 1, "RLIMIT_AS": used + int(gigabytes * 2**30), "RLIMIT_FSIZE": MOST_BYTES,
-              "RLIMIT_CORE": 0}
+    limits = {"RLIMIT_CPU": int(seconds) + 1, "RLIMIT_FSIZE": MOST_BYTES, "RLIMIT_CORE": 0}
+    if os.path.exists("/proc/self/statm"):  # what it has to begin with, PyTorch above all
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limits["RLIMIT_AS"] = pages * resource.getpagesize() + int(gigabytes * 2**30)
     if user:
         limits["RLIMIT_NPROC"] = 64
     for name, limit in limits.items():
-        if used or name != "RLIMIT_AS":
-            resource.setrlimit(getattr(resource, name), (limit, limit))
+        resource.setrlimit(getattr(resource, name), (limit, limit))
     if user:
         become(user)
 
@@ -260,9 +263,10 @@ def run(exercise, folder, seed, seconds=10, gigabytes=2):
     os.close(reader)
     try:
         result = json.loads(data)
-        return {name: result[name] for name in ("values", "error") if name in result} or {"error": "no result"}
-    except (ValueError, RecursionError, TypeError):
-        return {"error": f"no result within {seconds} s" if late else "no result: it ended early, or needed too much memory"}
+        return {"error": str(result["error"])} if "error" in result else {"values": result["values"]}
+    except (ValueError, RecursionError, TypeError, LookupError):
+        early = "no result: it ended early, or needed too much memory"
+        return {"error": f"no result within {seconds} s" if late else early}
 
 
 # --------------------------------------------------------------------------------------------- 3. The verdict
@@ -305,7 +309,8 @@ def judge(result, expected, tolerance):
     lines = []
     for label in expected:
         if text := difference(yours[label], expected[label], tolerance * largest(expected[label]), label):
-            lines.append(text if shown else f"{label}: yours {shorten(yours[label])} is not what the logs say")
+            yours_alone = f"{label}: yours {shorten(yours[label])} is not what the logs say"
+            lines.append(text if shown else yours_alone)
     return "\n".join(lines[:3]) + (f"\n... and {len(lines) - 3} more" if len(lines) > 3 else "")
 
 
@@ -357,13 +362,14 @@ def reference_values(exercise, number, seed, cache=None):
 
 
 def grade(submission, seed, limits=(10, 2), chosen=None, cache=None):
-    """[(number, exercise, points, what is wrong)] of a folder. cache: a dict that keeps the results of checks,
+    """[(number, exercise, points, what is wrong)] of a folder. cache: a dict that keeps what checks returned,
     for those who grade many copies that differ little."""
     known = HERE / "expected.json"
     known = json.loads(known.read_text()) if known.exists() else {}
     seed, chosen = known.get("seed", seed), chosen or known.get("exercises")
     numbered = [(k, exercise) for k, exercise in enumerate(EXERCISES, 1) if not chosen or k in chosen]
-    results = [run_in_sandbox(exercise, k, submission, seed, bool(known), limits, cache) for k, exercise in numbered]
+    results = [run_in_sandbox(exercise, k, submission, seed, bool(known), limits, cache)
+               for k, exercise in numbered]
     rows = []
     for (k, exercise), result in zip(numbered, results):  # no expected value exists while submissions run
         expected = None
@@ -374,7 +380,7 @@ def grade(submission, seed, limits=(10, 2), chosen=None, cache=None):
     return rows
 
 
-# ---------------------------------------------------------------------------------------------- 4. The formats
+# --------------------------------------------------------------------------------------------- 4. The formats
 def as_text(rows):
     lines = []
     for k, exercise, points, wrong in rows:
@@ -386,17 +392,18 @@ def as_text(rows):
 
 def as_gradescope(rows):
     """gradescope-autograders.readthedocs.io/en/latest/specs: the file results.json."""
-    return {"output": "Yours beside expected, where they differ.", "output_format": "text", "visibility": "visible",
-            "tests": [{"name": exercise.title, "number": str(k), "score": points, "max_score": exercise.points,
-                       "status": "failed" if wrong else "passed", "output": wrong, "visibility": "visible"}
-                      for k, exercise, points, wrong in rows]}
+    tests = [{"name": exercise.title, "number": str(k), "score": points, "max_score": exercise.points,
+              "status": "failed" if wrong else "passed", "output": wrong, "visibility": "visible"}
+             for k, exercise, points, wrong in rows]
+    return {"output": "Yours beside expected, where they differ.", "output_format": "text",
+            "visibility": "visible", "tests": tests}
 
 
 def as_classroom(rows):
     """What github.com/classroom-resources/autograding-grading-reporter reads, before base64."""
     tests = [{"name": f"{k}. {exercise.title}", "status": "fail" if wrong else "pass", "score": points,
-              "message": wrong or None, "test_code": f"{exercise.chapter or 'experiments'}: {', '.join(exercise.names)}",
-              "filename": "", "line_no": 0, "duration": 0} for k, exercise, points, wrong in rows]
+              "message": wrong or None, "test_code": wrong, "filename": "", "line_no": 0, "duration": 0}
+             for k, exercise, points, wrong in rows]
     return {"version": 1, "status": "fail" if any(t["status"] == "fail" for t in tests) else "pass",
             "max_score": sum(exercise.points for _, exercise, _, _ in rows), "tests": tests}
 

@@ -3,11 +3,11 @@
     python tests/course/make.py OUT                          # all exercises
     python tests/course/make.py OUT --exercises 1 4 7
 
-OUT gets the six scripts, README without its page for teachers, the tiny base model, EXERCISES.md, and grade.py
-with the values that are expected for one seed, so that students can check themselves. Not in it: solutions,
-wrong versions, tests, notes, history.
+OUT gets the six scripts, README without its page for teachers, the tiny base model, EXERCISES.md, and
+grade.py with the values that are expected for one seed, so that students can check themselves. Not in it:
+solutions, wrong versions, tests, notes, history.
 """
-import argparse, json, re, shutil
+import argparse, json, re, shutil, textwrap
 from pathlib import Path
 
 import grade
@@ -42,10 +42,13 @@ def blank(text, name, message):
 
 def describe(number, exercise):
     """An exercise as students read it."""
-    where = f"`{exercise.chapter}.py`: {', '.join(f'`{name}`' for name in exercise.names)}" if exercise.chapter else \
-        f"`tests/course/experiments/`: the logs, `{exercise.names[0]}.png` and `answers.json`"
-    return (f"## {number}. {exercise.title}\n\n{where}. {exercise.points} points, about {exercise.hours:g} h. "
-            f"Read: {exercise.read}.\n\n{exercise.formula}\n\n*Hint.* {exercise.hint}\n")
+    where = f"`tests/course/experiments/`: the logs, `{exercise.names[0]}.png` and `answers.json`"
+    if exercise.chapter:
+        where = f"`{exercise.chapter}.py`: {', '.join(f'`{name}`' for name in exercise.names)}"
+    worth = f"{exercise.points} points, about {exercise.hours:g} h"
+    parts = [f"## {number}. {exercise.title}", f"{where}. {worth}. Read: {exercise.read}.", exercise.formula,
+             f"*Hint.* {exercise.hint}"]
+    return "\n\n".join(textwrap.fill(part, 110, break_long_words=False) for part in parts) + "\n"
 
 
 INTRODUCTION = """# Exercises
@@ -82,21 +85,24 @@ def make(out, chosen):
     readme = grade.read(grade.ROOT / "README.md")
     (out / "README.md").write_text(re.sub(r"^## Teach with it\n.*?(?=^## )", "", readme, flags=re.M | re.S))
     (out / "EXERCISES.md").write_text(INTRODUCTION + "\n".join(describe(*pair) for pair in numbered))
-    for name in ("requirements.txt", "results/tiny/base.pt", "tests/course/exercises.py", "tests/course/grade.py"):
+    for name in ("requirements.txt", "results/tiny/base.pt", "tests/course/exercises.py",
+                 "tests/course/grade.py"):
         shutil.copy(grade.ROOT / name, out / name)
     questions = {exercise.names[0]: dict.fromkeys(exercise.questions) | {"why": ""}
                  for _, exercise in numbered if not exercise.chapter}
     (course / "experiments/answers.json").write_text(json.dumps(questions, indent=1))
     grade.preload()
-    values = {str(k): grade.reference_values(exercise, k, seed=0) for k, exercise in numbered if exercise.chapter}
+    values = {str(k): grade.reference_values(exercise, k, seed=0)
+              for k, exercise in numbered if exercise.chapter}
     (course / "expected.json").write_text(json.dumps({"seed": 0, "exercises": chosen, "values": values}))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("out", type=Path, help="a folder that does not exist yet")
-    parser.add_argument("--exercises", type=int, nargs="+", choices=range(1, len(EXERCISES) + 1), metavar="K",
-                        default=list(range(1, len(EXERCISES) + 1)), help=f"numbers from 1 to {len(EXERCISES)}; default: all")
+    numbers = range(1, len(EXERCISES) + 1)
+    parser.add_argument("--exercises", type=int, nargs="+", choices=numbers, default=list(numbers), metavar="K",
+                        help=f"numbers from 1 to {len(EXERCISES)}; default: all")
     args = parser.parse_args()
     if args.out.exists():
         parser.exit(2, f"error: {args.out}: exists already; name a new folder\n")
@@ -105,7 +111,8 @@ def main():
     chosen = sorted(set(args.exercises))
     make(args.out, chosen)
     points, hours = (sum(getattr(EXERCISES[k - 1], name) for k in chosen) for name in ("points", "hours"))
-    print(f"{args.out}: {len(chosen)} exercises, {points} points, about {hours:g} hours; students start with EXERCISES.md")
+    print(f"{args.out}: {len(chosen)} exercises, {points} points, about {hours:g} hours; "
+          "students start with EXERCISES.md")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The students' copy, the grader and the wrong versions. Checks whose chapters are the same run once (CACHE)."""
+"""The students' copy, the grader and the wrong versions. Checks over the same chapters run once (CACHE)."""
 import json, os, random, re, subprocess, sys, time
 from pathlib import Path
 
@@ -15,9 +15,9 @@ POINTS = {k: exercise.points for k, exercise in enumerate(EXERCISES, 1)}
 REFERENCE = {chapter: grade.read(grade.ROOT / f"{chapter}.py") for chapter in grade.CHAPTERS}
 
 
-def versions(exercise):
-    """Wrong versions of an exercise: (its kind, why) and its body, what stands below that line."""
-    for block in re.split(r"^# ", exercise.wrong.read_text(), flags=re.M)[1:]:
+def versions(path):
+    """The blocks of a file in wrong/: what the line "# ..." says, and what stands below it."""
+    for block in re.split(r"^# ", path.read_text(), flags=re.M)[1:]:
         why, _, body = block.partition("\n")
         yield why, body
 
@@ -53,6 +53,10 @@ def points(folder, **options):
     return {k: earned for k, _, earned, _ in grade.grade(folder, SEED, cache=CACHE, **options)}
 
 
+def python(*command, folder):
+    return subprocess.run([sys.executable, *command], cwd=folder, capture_output=True, text=True)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def preload():
     grade.preload()
@@ -71,11 +75,11 @@ def test_the_full_repository_scores_all_and_the_students_copy_none(students):
     assert points(grade.ROOT) == POINTS
     rows = grade.grade(students, SEED, cache=CACHE)
     assert not any(earned for _, _, earned, _ in rows)
-    assert all(f"NotImplementedError: exercise {k}: {e.title}" in wrong for k, e, _, wrong in rows if e.chapter)
-    run = lambda *command: subprocess.run([sys.executable, *command], cwd=students, capture_output=True, text=True)
-    assert "How many" in run("data.py").stdout
-    assert run("-c", f"import {', '.join(grade.CHAPTERS)}").returncode == 0
-    graded = run("tests/course/grade.py", ".", "--exercises", "2", "11")
+    for k, exercise, _, wrong in rows:
+        assert not exercise.chapter or f"NotImplementedError: exercise {k}: {exercise.title}" in wrong
+    assert "How many" in python("data.py", folder=students).stdout
+    assert python("-c", f"import {', '.join(grade.CHAPTERS)}", folder=students).returncode == 0
+    graded = python("tests/course/grade.py", ".", "--exercises", "2", "11", folder=students)
     assert "total: 0 of 9 points" in graded.stdout, graded.stderr
 
 
@@ -105,7 +109,7 @@ def test_exercises_that_were_not_chosen_stay_whole(tmp_path):
     """Bug: a copy with exercises 2 and 7 that also lacks others; a kernel that shows what exercise 7 asks."""
     make.make(tmp_path / "copy", [2, 7])
     text = grade.read(tmp_path / "copy/sample.py")
-    assert text.count("exercise 7: ") == 2 and text.count("hidden: ") == 2 and text.count("NotImplementedError") == 4
+    assert [text.count(word) for word in ("exercise 7: ", "hidden: ", "NotImplementedError")] == [2, 2, 4]
     assert grade.read(tmp_path / "copy/grpo.py") == REFERENCE["grpo"]
     assert [k for k, *_ in grade.grade(tmp_path / "copy", SEED, chosen=[2, 7], cache=CACHE)] == [2, 7]
 
@@ -118,7 +122,8 @@ def test_points_are_those_of_the_solutions_that_are_there(students, tmp_path):
     for subset in subsets:
         texts = {chapter: grade.read(students / f"{chapter}.py") for chapter in grade.CHAPTERS}
         for _, exercise in subset:
-            texts[exercise.chapter] = grade.paste(texts[exercise.chapter], REFERENCE[exercise.chapter], exercise.names)
+            chapter = exercise.chapter
+            texts[chapter] = grade.paste(texts[chapter], REFERENCE[chapter], exercise.names)
         earned = points(submit(tmp_path / "submission", **texts))
         assert {k for k, _ in CODE if earned[k]} == {k for k, _ in subset}
         assert sum(earned.values()) == sum(POINTS[k] for k, _ in subset + EXPERIMENTS)
@@ -128,7 +133,7 @@ def test_points_are_those_of_the_solutions_that_are_there(students, tmp_path):
 def test_every_wrong_version_loses_its_points_and_no_others(k, exercise, tmp_path):
     """Bugs: a tolerance, or inputs, under which zeros, another sign, axis or normaliser, an off-by-one or the
     popular mistake pass."""
-    wrong, passed = list(versions(exercise)), []
+    wrong, passed = list(versions(exercise.wrong)), []
     assert len(wrong) >= 5 and wrong[0][0].startswith("zeros")
     for why, body in wrong:
         text = edit(exercise, body)
@@ -139,20 +144,23 @@ def test_every_wrong_version_loses_its_points_and_no_others(k, exercise, tmp_pat
 
 
 DISTORTED = '''
-def _distorted_{name}(*arguments, **options):
+def _distorted_{short}(*arguments, **options):
     import random, torch
     def distort(x):
-        if {kind!r} == "copy":
-            return arguments[-1] if len(arguments) == 1 else arguments[{first}]
         if torch.is_tensor(x):
-            return torch.rand(x.shape).to(x.dtype) + 0 * (arguments[{first}].nan_to_num().sum() if x.requires_grad else 0)
-        if isinstance(x, dict):
-            return {{key: distort(value) for key, value in x.items()}}
-        if isinstance(x, (list, tuple)):
-            return type(x)(map(distort, x)) if type(x) in (list, tuple) else x
-        return random.randint(0, 9) if isinstance(x, int) else random.random() if isinstance(x, float) else x and x[::-1]
-    return distort(_right_{name}(*arguments, **options))
+            graph = arguments[0].nan_to_num().sum() if x.requires_grad else 0
+            return torch.rand(x.shape).to(x.dtype) + 0 * graph
+        if type(x) in (list, tuple, dict):
+            values = list(map(distort, x.values() if type(x) is dict else x))
+            return dict(zip(x, values)) if type(x) is dict else type(x)(values)
+        return {{int: random.getrandbits(4), float: random.random(), str: x[::-1] if x else x}}.get(type(x), x)
+    return {result}
+
+
+def {name}(*arguments, **options):
+    return _distorted_{short}(*arguments, **options)
 '''
+RESULTS = {"random": "distort(_right_{short}(*arguments, **options))", "copy": "arguments[0]"}
 
 
 @pytest.mark.parametrize("kind", ["random", "copy"])
@@ -163,52 +171,31 @@ def test_random_values_of_the_right_form_and_copied_inputs_score_nothing(kind, t
     for _, exercise in CODE:
         for name in exercise.names:
             text, owner = texts[exercise.chapter], name.rpartition(".")[0]
-            function = grade.find(grade.parse(text), name)
-            source, start = grade.lines_of(text, function)
-            signature = source[:len(source) - len("\n".join(source.split("\n")[function.body[0].lineno - start:]))]
-            indent = " " * function.body[0].col_offset
+            source, _ = grade.lines_of(text, grade.find(grade.parse(text), name))
             if owner or "kernel" in name:
-                texts[exercise.chapter] = text.replace(source, f"{signature}{indent}pass")
+                texts[exercise.chapter] = make.blank(text, name, "").replace('raise NotImplementedError("")', "pass")
                 continue
             short = name.strip("_")
-            renamed = source.replace(f"def {name}(", f"def _right_{short}(", 1)
-            wrapper = DISTORTED.format(name=short, kind=kind, first=0)
-            arguments = ", ".join(a.arg for a in function.args.args) or "*arguments"
-            call = f"def {name}(*arguments, **options):\n    return _distorted_{short}(*arguments, **options)"
-            texts[exercise.chapter] = text.replace(source, f"{renamed}\n{wrapper}\n{call}")
+            distorted = DISTORTED.format(name=name, short=short, result=RESULTS[kind].format(short=short))
+            right = source.replace(f"def {name}(", f"def _right_{short}(", 1)
+            texts[exercise.chapter] = text.replace(source, f"{right}\n{distorted}")
     earned = points(submit(tmp_path / "submission", **texts))
     assert not [k for k, _ in CODE if earned[k]]
 
 
-LOOP = "    while True:\n        pass"
-HOSTILE = {
-    "endless loop": LOOP,
-    "os._exit": "    import os; os._exit(0)",
-    "prints without end": "    while True:\n        print('x' * 10**6)",
-    "memory": "    x = []\n    while True:\n        x.append(bytearray(10**8))",
-    "forks": "    import os, time\n    while True:\n        try:\n            os.fork()\n        except OSError:\n            time.sleep(1)",
-    "kills whom it can": "    import os, signal\n    try:\n        os.kill(os.getppid(), 9)\n    except OSError:\n        pass\n"
-                         "    os.kill(-1, 9)",
-    "writes its own verdict": "    import os\n    for fd in range(3, 64):\n        try:\n            os.write(fd, b'{\"values\": {}, \"points\": 100}')\n"
-                              "        except OSError:\n            pass\n    os._exit(0)",
-    "edits the tests": "    import pathlib, sys\n    for name in ('grade', 'exercises'):\n        try:\n            pathlib.Path(sys.modules[name].__file__).write_text('')\n"
-                       "        except OSError:\n            pass\n    sys.modules['grade'].judge = lambda *_: ''\n    return object()",
-    "compares equal to everything": "    class Same(float):\n        __eq__ = __le__ = __ge__ = lambda *_: True\n        tolist = lambda self: self\n    return Same(1)",
-    "leaves a process behind": "    import os, time\n    if os.fork() == 0:\n        os.setsid()\n        time.sleep(1000)\n    return None",
-    "ends on import": "    return None\nraise SystemExit(0)",
-    "cannot be parsed": "    return (",
-}
+HOSTILE = {name.strip(): body for name, body in versions(grade.HERE / "wrong/hostile.txt")}
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_a_hostile_submission_changes_its_own_points_alone(kind, tmp_path):
     """Bugs: a grader that hangs, dies, believes what a submission says of itself, or lets one exercise spoil
-    another. Exercise 11 is hostile; chapter 5 holds two more."""
+    another: chapter 5, whose first function is hostile, holds two more."""
     if kind == "kills whom it can" and os.geteuid() != 0:
         pytest.skip("only root can give a submission a user of its own")
     k, exercise = next(pair for pair in CODE if "group_advantages" in pair[1].names)
-    function, _ = grade.lines_of(REFERENCE["grpo"], grade.find(grade.parse(REFERENCE["grpo"]), "group_advantages"))
-    text = REFERENCE["grpo"].replace(function, f"def group_advantages(rewards, std=True, eps=1e-6):\n{HOSTILE[kind]}")
+    text, name = REFERENCE["grpo"], "group_advantages"
+    function, _ = grade.lines_of(text, grade.find(grade.parse(text), name))
+    text = text.replace(function, f"def {name}(rewards, std=True, eps=1e-6):\n{HOSTILE[kind]}")
     before = {path: path.read_bytes() for path in grade.HERE.glob("*.py")}
     folder = submit(tmp_path / "submission", grpo=text)
     (folder / "tests/course/grade.py").write_text("raise SystemExit")
@@ -225,15 +212,14 @@ def test_a_hostile_submission_changes_its_own_points_alone(kind, tmp_path):
 
 def test_helpers_and_imports_of_a_submission_come_along():
     """Bug: a right solution that loses its points because it is written as two functions."""
-    theirs = REFERENCE["eval"].replace("import data, sample\n", "import data, sample\nfrom fractions import Fraction\n")
-    theirs = re.sub(r"    gained = .*?\n    n = ", "    gained, lost = _count(before, after)\n    n = ", theirs, count=1, flags=re.S)
+    counted = "    gained, lost = _count(before, after)\n    n = "
+    theirs = "from fractions import Fraction\n" + REFERENCE["eval"]
+    theirs = re.sub(r"    gained = .*?\n    n = ", counted, theirs, count=1, flags=re.S)
     theirs += "\n\ndef _count(before, after):\n    return _one(before, after), _one(after, before)\n"
     theirs += "\n\ndef _one(a, b):\n    return sum(Fraction(x < y) for x, y in zip(a, b))\n"
     text = grade.paste(REFERENCE["eval"], theirs, ["mcnemar"])
     names = {name for _, statement in grade.scopes(grade.parse(text)) for name in grade.bound(statement)}
     assert {"_count", "_one", "Fraction"} <= names and "__main__" in text
-    space = {}
-    compile(text, "eval.py", "exec")
     assert text.index("def _count") < text.index("def mcnemar")
 
 
@@ -242,7 +228,7 @@ def test_experiments_are_graded_by_their_logs(tmp_path):
     that is none. Each wrong version changes one thing in a folder that scores all."""
     source = grade.HERE / "experiments"
     for k, exercise in EXPERIMENTS:
-        wrong = list(versions(exercise))
+        wrong = list(versions(exercise.wrong))
         assert len(wrong) >= 5
         for i, (why, body) in enumerate(wrong):
             folder = tmp_path / f"{k} {i}"
@@ -265,8 +251,9 @@ def test_experiments_are_graded_by_their_logs(tmp_path):
 def test_a_difference_shows_yours_beside_expected():
     """Bugs: a tolerance above 1% of the largest value; NaN, None, a bool or another length that passes."""
     def judge(yours, expected):
-        return grade.judge({"values": {"x": yours}}, {"x": expected}, max(exercise.tolerance for exercise in EXERCISES))
-    assert max(exercise.tolerance for exercise in EXERCISES) <= 0.01
+        return grade.judge({"values": {"x": yours}}, {"x": expected}, most)
+    most = max(exercise.tolerance for exercise in EXERCISES)
+    assert most <= 0.01
     assert judge([1.0, 200.0], [1.0, 200.1]) == ""
     assert judge([1.0, 197.0], [1.0, 200.0]) == "x[1]: yours 197, expected 200"
     for yours in ([0.0, 0.0], [1.0], [1.0, None], [1.0, float("nan")], "x", [1.0, [200.0]], {"0": 1.0}):
@@ -275,15 +262,16 @@ def test_a_difference_shows_yours_beside_expected():
 
 
 def test_formats_are_those_that_gradescope_and_classroom_publish(tmp_path):
-    """Bugs: a field of another name or type (Gradescope's specification; what the reporter of GitHub Classroom
-    reads: max_score and each test's name, status, score, line_no, test_code, message); points that differ."""
-    rows = [(k, exercise, exercise.points * (k % 2), "" if k % 2 else "yours 1, expected 2") for k, exercise in CODE]
+    """Bugs: a field of another name or type than in Gradescope's specification, or than the reporter of GitHub
+    Classroom reads (max_score; of each test name, status, score, line_no, test_code, message); other points."""
+    rows = [(k, e, e.points * (k % 2), "" if k % 2 else "yours 1, expected 2") for k, e in CODE]
     total = sum(row[2] for row in rows)
     report = json.loads(json.dumps(grade.as_gradescope(rows)))
     kinds = {"score": (int, float), "max_score": (int, float), "status": str, "name": str, "number": str,
              "output": str, "visibility": str}
-    assert set(report) <= {"score", "execution_time", "output", "output_format", "test_output_format", "visibility",
-                           "test_name_format", "stdout_visibility", "extra_data", "tests", "leaderboard"}
+    assert set(report) <= {"score", "execution_time", "output", "output_format", "test_output_format",
+                           "test_name_format", "visibility", "stdout_visibility", "extra_data", "tests",
+                           "leaderboard"}
     assert report["visibility"] in ("hidden", "after_due_date", "after_published", "visible")
     for test in report["tests"]:
         assert set(test) == set(kinds) and all(isinstance(test[name], kind) for name, kind in kinds.items())
@@ -298,9 +286,10 @@ def test_formats_are_those_that_gradescope_and_classroom_publish(tmp_path):
     assert sum(test["score"] for test in report["tests"]) == total
 
 
-@pytest.mark.parametrize("name, arguments", [("make.py", ["."]), ("make.py", ["no/such/place"]), ("grade.py", ["no/such/place"]),
-                                             ("make.py", ["new", "--exercises", "99"])])
-def test_bad_input_is_one_sentence(name, arguments, tmp_path):
+@pytest.mark.parametrize("command", ["make.py .", "make.py no/such/place", "grade.py no/such/place",
+                                     "make.py new --exercises 99"])
+def test_bad_input_is_one_sentence(command, tmp_path):
     """Bug: a traceback where a folder is missing or in the way."""
-    result = subprocess.run([sys.executable, grade.HERE / name, *arguments], cwd=tmp_path, capture_output=True, text=True)
+    name, *arguments = command.split()
+    result = python(grade.HERE / name, *arguments, folder=tmp_path)
     assert result.returncode == 2 and "error: " in result.stderr and "Traceback" not in result.stderr
