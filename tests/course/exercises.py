@@ -441,7 +441,8 @@ EXERCISES = [
         formula="m' = max(m, max x_block); d' = d e^(m-m') + sum e^(x-m'); s' = e^(m-m') (s + (m-m') d) + "
                 "sum e^(x-m') (x-m'). stats[row] = logprob, entropy, m, log d. Source: README, \"The "
                 'log-prob kernel".',
-        read="sample.py, section 5; `forward_triton` and `backward_triton` launch the kernels",
+        read="sample.py, section 5; `forward_triton` and `backward_triton` launch the kernels. Triton's "
+             "interpreter runs them without a GPU (on Linux: pip install triton)",
         hint="One program a row forward, one a row and block backward. A masked row (-100) leaves its "
              "stats, and gets a gradient of 0. Load outside of the vocabulary as -inf.",
         check=check_kernels),
@@ -499,8 +500,8 @@ EXERCISES = [
         check=check_influence, tolerance=0.01),
     Exercise(
         "Experiment: advantages without std", "", ("std",), points=5, hours=1.0,
-        formula="std.csv and no-std.csv: `python grpo.py --ckpt sft.pt --steps 24 --prompts 6 --eval-every "
-                "0 --out std.pt`, and with --no-std --out no-std.pt.",
+        formula="std.csv and no-std.csv, both from `python sft.py --n 500`: `python grpo.py --ckpt sft.pt "
+                "--steps 24 --prompts 6 --eval-every 0 --out std.pt`, and with --no-std --out no-std.pt.",
         read="grpo.py, `group_advantages`",
         hint="Which groups weigh more with std, and what would that do to lr?",
         check=compare_runs("std", "std.csv", "no-std.csv", STD)),

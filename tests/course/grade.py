@@ -12,8 +12,8 @@ limits of time and memory and, for root, a user of its own; what comes back are 
 In a students' copy the chapters are incomplete: there the expected values lie in expected.json, drawn from
 one known seed, and an exercise needs the exercises before it that it builds on.
 """
-import argparse, ast, functools, importlib, json, math, os, pwd, random, re, resource, secrets, select, shutil
-import signal, sys, tempfile, textwrap, time
+import argparse, ast, functools, importlib, json, math, os, pwd, random, re, resource, secrets, select, signal
+import sys, tempfile, textwrap, time
 from pathlib import Path
 
 from exercises import EXERCISES
@@ -88,8 +88,8 @@ def readable(text, names):
 def helpers(tree, reference, function, owner):
     """What a function uses that only its own file defines, as (scope, statement), in the file's order."""
     known = {(scope, name) for scope, s in scopes(reference) for name in bound(s)}
-    there = [(scope, s) for scope, s in scopes(tree) if scope in ("", owner)
-             and not isinstance(s, (ast.If, ast.Expr)) and known.isdisjoint((scope, name) for name in bound(s))]
+    there = [(scope, s) for scope, s in scopes(tree) if not isinstance(s, (ast.If, ast.Expr))
+             and scope in ("", owner) and known.isdisjoint((scope, name) for name in bound(s))]
     wanted, waiting = [], [function]
     while waiting:
         nodes = list(ast.walk(waiting.pop()))
@@ -315,56 +315,66 @@ def judge(result, expected, tolerance):
 
 
 def read(path):
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return ""
+    return path.read_text(encoding="utf-8")
 
 
-def sandbox(folder, exercise, submission, whole):
-    """Lay out in `folder` what one check runs over. submission: a folder, or None for the reference."""
-    os.umask(0o022)
-    os.chmod(folder, 0o755)  # another user reads it
+def submitted(submission, path):
+    """A file's bytes; nothing where it is none, too large, or a link out of the submission, to the solutions."""
+    inside = path.resolve().is_relative_to(submission.resolve())
+    return path.read_bytes() if inside and path.is_file() and path.stat().st_size < MOST_BYTES else b""
+
+
+def collect(exercise, submission, whole):
+    """What one check runs over, {file name: bytes}. submission: a folder, or None for the reference; whole:
+    whether all chapters are the submission's. Raises KeyError and SyntaxError as `paste` does."""
     if not exercise.chapter:
-        for path in sorted((submission / "tests/course/experiments").glob("*")):
-            if path.is_file() and path.stat().st_size < MOST_BYTES:
-                shutil.copy(path, folder)
-        return
-    for chapter in CHAPTERS:
-        text = read((submission if whole else ROOT) / f"{chapter}.py")
-        if chapter == exercise.chapter and submission and not whole:
-            text = paste(text, read(submission / f"{chapter}.py"), exercise.names)
-        (folder / f"{chapter}.py").write_text(text)
+        files = (submission / "tests/course/experiments").glob("*")
+        return {path.name: content for path in files if (content := submitted(submission, path))}
+    names, own = [f"{chapter}.py" for chapter in CHAPTERS], f"{exercise.chapter}.py"
+    if whole:
+        return {name: submitted(submission, submission / name) for name in names}
+    texts = {name: read(ROOT / name) for name in names}
+    if submission:
+        theirs = submitted(submission, submission / own).decode(errors="replace")
+        texts[own] = paste(texts[own], theirs, exercise.names)
+    return {name: text.encode() for name, text in texts.items()}
 
 
 def run_in_sandbox(exercise, number, submission, seed, whole, limits, cache):
-    with tempfile.TemporaryDirectory() as name:
-        try:
-            sandbox(Path(name), exercise, submission, whole)
-        except KeyError as missing:
-            return {"error": f"{exercise.chapter}.py holds no function {missing.args[0]}"}
-        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-            return {"error": f"{exercise.chapter}.py: {type(error).__name__}: {error}"}
-        key = (number, seed, *(path.read_bytes() for path in sorted(Path(name).iterdir())))
-        if cache is None or key not in cache:
-            result = run(exercise, Path(name), seed, *limits)
-            if cache is None:
-                return result
-            cache[key] = result
-        return cache[key]
+    """The result of a check, from `cache` where it has run over the same files."""
+    try:
+        files = collect(exercise, submission, whole)
+    except KeyError as missing:
+        return {"error": f"{exercise.chapter}.py holds no function {missing.args[0]}"}
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        return {"error": f"{exercise.chapter}.py: {type(error).__name__}: {error}"}
+    key = number, seed, *sorted(files.items())
+    if key not in cache:
+        with tempfile.TemporaryDirectory() as folder:
+            os.umask(0o022)
+            os.chmod(folder, 0o755)  # another user reads it
+            for name, content in files.items():
+                (Path(folder) / name).write_bytes(content)
+            cache[key] = run(exercise, Path(folder), seed, *limits)
+    return cache[key]
 
 
-def reference_values(exercise, number, seed, cache=None):
+class Ungradable(Exception):
+    """An exercise whose reference does not run on this machine."""
+
+
+def reference_values(exercise, number, seed, cache):
     result = run_in_sandbox(exercise, number, None, seed, False, (60, 4), cache)
     if "error" in result:
-        raise RuntimeError(f"exercise {number} over the reference chapters: {result['error']}")
+        raise Ungradable(f"exercise {number}: its reference does not run here ({result['error']}); mend that, or "
+                         "leave it out: name all others in --exercises")
     return result["values"]
 
 
 def grade(submission, seed, limits=(10, 2), chosen=None, cache=None):
     """[(number, exercise, points, what is wrong)] of a folder. cache: a dict that keeps what checks returned,
     for those who grade many copies that differ little."""
-    known = HERE / "expected.json"
+    cache, known = {} if cache is None else cache, HERE / "expected.json"
     known = json.loads(known.read_text()) if known.exists() else {}
     seed, chosen = known.get("seed", seed), chosen or known.get("exercises")
     numbered = [(k, exercise) for k, exercise in enumerate(EXERCISES, 1) if not chosen or k in chosen]
@@ -426,7 +436,10 @@ def main():
     os.environ["TRITON_INTERPRET"] = "1"
     preload()
     seed = secrets.randbelow(2**31) if args.seed is None else args.seed
-    rows = grade(args.folder.resolve(), seed, (args.seconds, args.gigabytes), args.exercises)
+    try:
+        rows = grade(args.folder.resolve(), seed, (args.seconds, args.gigabytes), args.exercises)
+    except Ungradable as reason:
+        parser.exit(2, f"error: {reason}\n")
     report = FORMATS[args.format](rows)
     text = report if isinstance(report, str) else json.dumps(report, indent=1)
     if args.json:

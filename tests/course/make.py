@@ -85,14 +85,15 @@ def make(out, chosen):
     readme = grade.read(grade.ROOT / "README.md")
     (out / "README.md").write_text(re.sub(r"^## Teach with it\n.*?(?=^## )", "", readme, flags=re.M | re.S))
     (out / "EXERCISES.md").write_text(INTRODUCTION + "\n".join(describe(*pair) for pair in numbered))
+    pictures = [f"results/tiny/{path.name}" for path in (grade.ROOT / "results/tiny").glob("*.png")]
     for name in ("requirements.txt", "results/tiny/base.pt", "tests/course/exercises.py",
-                 "tests/course/grade.py"):
+                 "tests/course/grade.py", *pictures):
         shutil.copy(grade.ROOT / name, out / name)
     questions = {exercise.names[0]: dict.fromkeys(exercise.questions) | {"why": ""}
                  for _, exercise in numbered if not exercise.chapter}
     (course / "experiments/answers.json").write_text(json.dumps(questions, indent=1))
     grade.preload()
-    values = {str(k): grade.reference_values(exercise, k, seed=0)
+    values = {str(k): grade.reference_values(exercise, k, 0, {})
               for k, exercise in numbered if exercise.chapter}
     (course / "expected.json").write_text(json.dumps({"seed": 0, "exercises": chosen, "values": values}))
 
@@ -101,15 +102,18 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("out", type=Path, help="a folder that does not exist yet")
     numbers = range(1, len(EXERCISES) + 1)
-    parser.add_argument("--exercises", type=int, nargs="+", choices=numbers, default=list(numbers), metavar="K",
-                        help=f"numbers from 1 to {len(EXERCISES)}; default: all")
+    parser.add_argument("--exercises", type=int, nargs="+", choices=numbers, default=list(numbers),
+                        metavar="K", help=f"numbers from 1 to {len(EXERCISES)}; default: all")
     args = parser.parse_args()
     if args.out.exists():
         parser.exit(2, f"error: {args.out}: exists already; name a new folder\n")
     if not args.out.resolve().parent.is_dir():
         parser.exit(2, f"error: {args.out}: its folder does not exist\n")
     chosen = sorted(set(args.exercises))
-    make(args.out, chosen)
+    try:
+        make(args.out, chosen)
+    except grade.Ungradable as reason:
+        parser.exit(2, f"error: {reason}\n")
     points, hours = (sum(getattr(EXERCISES[k - 1], name) for k in chosen) for name in ("points", "hours"))
     print(f"{args.out}: {len(chosen)} exercises, {points} points, about {hours:g} hours; "
           "students start with EXERCISES.md")

@@ -1,5 +1,5 @@
 """The students' copy, the grader and the wrong versions. Checks over the same chapters run once (CACHE)."""
-import json, os, random, re, subprocess, sys, time
+import json, os, random, re, shutil, subprocess, sys, time
 from pathlib import Path
 
 import pytest
@@ -8,6 +8,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import grade, make
 from exercises import EXERCISES
 
+pytest.importorskip("triton")  # exercise 8
 SEED, CACHE = random.randrange(2**31), {}
 CODE = [(k, exercise) for k, exercise in enumerate(EXERCISES, 1) if exercise.chapter]
 EXPERIMENTS = [(k, exercise) for k, exercise in enumerate(EXERCISES, 1) if not exercise.chapter]
@@ -42,10 +43,7 @@ def submit(folder, **chapters):
     folder.mkdir(exist_ok=True)
     for chapter, text in (REFERENCE | chapters).items():
         (folder / f"{chapter}.py").write_text(text)
-    experiments = folder / "tests/course/experiments"
-    if not experiments.exists():
-        experiments.parent.mkdir(parents=True)
-        experiments.symlink_to(grade.HERE / "experiments")
+    shutil.copytree(grade.HERE / "experiments", folder / "tests/course/experiments", dirs_exist_ok=True)
     return folder
 
 
@@ -86,11 +84,12 @@ def test_the_full_repository_scores_all_and_the_students_copy_none(students):
 def test_nothing_in_the_students_copy_gives_an_answer_away(students):
     """Bugs: a solution, a wrong version, a doctest with the answer, notes or history that went along."""
     files = sorted(str(path.relative_to(students)) for path in students.rglob("*") if path.is_file())
+    pictures = [f"results/tiny/{path.name}" for path in (grade.ROOT / "results/tiny").glob("*.png")]
     assert files == sorted([*(f"{chapter}.py" for chapter in grade.CHAPTERS), "EXERCISES.md", "README.md",
-                            "requirements.txt", "results/tiny/base.pt", "tests/course/exercises.py",
+                            "requirements.txt", "results/tiny/base.pt", *pictures, "tests/course/exercises.py",
                             "tests/course/grade.py", "tests/course/expected.json",
                             "tests/course/experiments/answers.json"])
-    everything = "\n".join(grade.read(students / name) for name in files if not name.endswith(".pt"))
+    everything = "\n".join(grade.read(students / name) for name in files if name.endswith((".py", ".md", ".json")))
     lines = "\n".join(REFERENCE.values()).split("\n")
     for _, exercise in CODE:
         for name in exercise.names:
@@ -153,7 +152,7 @@ def _distorted_{short}(*arguments, **options):
         if type(x) in (list, tuple, dict):
             values = list(map(distort, x.values() if type(x) is dict else x))
             return dict(zip(x, values)) if type(x) is dict else type(x)(values)
-        return {{int: random.getrandbits(4), float: random.random(), str: x[::-1] if x else x}}.get(type(x), x)
+        return {{int: random.getrandbits(4), float: random.random(), str: str(x)[::-1]}}.get(type(x), x)
     return {result}
 
 
@@ -173,7 +172,8 @@ def test_random_values_of_the_right_form_and_copied_inputs_score_nothing(kind, t
             text, owner = texts[exercise.chapter], name.rpartition(".")[0]
             source, _ = grade.lines_of(text, grade.find(grade.parse(text), name))
             if owner or "kernel" in name:
-                texts[exercise.chapter] = make.blank(text, name, "").replace('raise NotImplementedError("")', "pass")
+                blanked = make.blank(text, name, "")
+                texts[exercise.chapter] = blanked.replace('raise NotImplementedError("")', "pass")
                 continue
             short = name.strip("_")
             distorted = DISTORTED.format(name=name, short=short, result=RESULTS[kind].format(short=short))
@@ -210,6 +210,15 @@ def test_a_hostile_submission_changes_its_own_points_alone(kind, tmp_path):
         assert not left()
 
 
+def test_a_link_is_no_submission(students, tmp_path):
+    """Bug: a link that points to the grader's own chapters, with all solutions in them."""
+    folder = submit(tmp_path / "submission", data=grade.read(students / "data.py"))
+    (folder / "data.py").unlink()
+    (folder / "data.py").symlink_to(grade.ROOT / "data.py")
+    earned = points(folder)
+    assert [k for k in POINTS if not earned[k]] == [k for k, exercise in CODE if exercise.chapter == "data"]
+
+
 def test_helpers_and_imports_of_a_submission_come_along():
     """Bug: a right solution that loses its points because it is written as two functions."""
     counted = "    gained, lost = _count(before, after)\n    n = "
@@ -231,11 +240,8 @@ def test_experiments_are_graded_by_their_logs(tmp_path):
         wrong = list(versions(exercise.wrong))
         assert len(wrong) >= 5
         for i, (why, body) in enumerate(wrong):
-            folder = tmp_path / f"{k} {i}"
+            folder = submit(tmp_path / f"{k} {i}")
             experiments = folder / "tests/course/experiments"
-            experiments.mkdir(parents=True)
-            for path in source.iterdir():
-                (experiments / path.name).write_bytes(path.read_bytes())
             for line in body.splitlines():
                 name, _, change = line.partition(": ")
                 if name.endswith(".csv") or name.endswith(".png"):
@@ -262,8 +268,8 @@ def test_a_difference_shows_yours_beside_expected():
 
 
 def test_formats_are_those_that_gradescope_and_classroom_publish(tmp_path):
-    """Bugs: a field of another name or type than in Gradescope's specification, or than the reporter of GitHub
-    Classroom reads (max_score; of each test name, status, score, line_no, test_code, message); other points."""
+    """Bugs: a field of another name or type than in Gradescope's specification, or than the reporter of
+    GitHub Classroom reads (max_score; of each test name, status, score, line_no, test_code, message)."""
     rows = [(k, e, e.points * (k % 2), "" if k % 2 else "yours 1, expected 2") for k, e in CODE]
     total = sum(row[2] for row in rows)
     report = json.loads(json.dumps(grade.as_gradescope(rows)))
