@@ -86,10 +86,11 @@ def test_nothing_in_the_students_copy_gives_an_answer_away(students):
     files = sorted(str(path.relative_to(students)) for path in students.rglob("*") if path.is_file())
     pictures = [f"results/tiny/{path.name}" for path in (grade.ROOT / "results/tiny").glob("*.png")]
     assert files == sorted([*(f"{chapter}.py" for chapter in grade.CHAPTERS), "EXERCISES.md", "README.md",
-                            "requirements.txt", "results/tiny/base.pt", *pictures, "tests/course/exercises.py",
-                            "tests/course/grade.py", "tests/course/expected.json",
+                            "requirements.txt", "results/tiny/base.pt", *pictures,
+                            "tests/course/exercises.py", "tests/course/grade.py", "tests/course/expected.json",
                             "tests/course/experiments/answers.json"])
-    everything = "\n".join(grade.read(students / name) for name in files if name.endswith((".py", ".md", ".json")))
+    texts = [name for name in files if name.endswith((".py", ".md", ".json"))]
+    everything = "\n".join(grade.read(students / name) for name in texts)
     lines = "\n".join(REFERENCE.values()).split("\n")
     for _, exercise in CODE:
         for name in exercise.names:
@@ -197,10 +198,11 @@ def test_a_hostile_submission_changes_its_own_points_alone(kind, tmp_path):
     function, _ = grade.lines_of(text, grade.find(grade.parse(text), name))
     text = text.replace(function, f"def {name}(rewards, std=True, eps=1e-6):\n{HOSTILE[kind]}")
     before = {path: path.read_bytes() for path in grade.HERE.glob("*.py")}
+    points(grade.ROOT)  # so that only what is hostile runs below, under short limits
     folder = submit(tmp_path / "submission", grpo=text)
     (folder / "tests/course/grade.py").write_text("raise SystemExit")
     start = time.monotonic()
-    earned = points(folder, limits=(3, 1))
+    earned = points(folder, limits=(2, 1))
     assert earned == POINTS | {k: 0}
     assert time.monotonic() - start < 60 and before == {path: path.read_bytes() for path in before}
     if kind == "leaves a process behind" and os.geteuid() == 0:
