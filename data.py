@@ -961,6 +961,17 @@ def reward(response, answer):
     return float(read_answer(response) == answer)
 
 
+def trl_reward(completions, answer, **_):
+    """`reward` as TRL calls it (reward_funcs): texts or conversations and the column `answer` -> floats."""
+    texts = [text if isinstance(text, str) else text[-1]["content"] for text in completions]
+    return [reward(text, int(number)) for text, number in zip(texts, answer)]
+
+
+def compute_score(data_source, solution_str, ground_truth, extra_info=None, **_):
+    """`reward` as verl calls it (custom_reward_function) -> a float."""
+    return reward(solution_str, int(ground_truth))
+
+
 # ----------------------------------------------------------------------- 9. Many problems, none of them twice
 # Training, validation and test problems come from one generator. Their text keeps them apart: its hash says
 # which split a problem belongs to, and draws that belong to another split are dropped.

@@ -20,17 +20,18 @@ a token once its probability has moved by eps. The *reference policy* pi_ref is 
 began, the SFT policy; KL_t holds pi near it (k3 estimator, Schulman 2020: exp(d) - d - 1, d = log pi_ref -
 log pi). Only *mixed* groups teach: where the share alpha of right rollouts is 0 or 1, every advantage is 0.
 That is why BRIDGE prepares the model first. Half an hour of reading; at first skip sections 4 (problems) and
-6 (command).
+6 and 7 (hand-over, command).
 
 Departures from the paper and notes on it:
 1. with one update per batch of rollouts (the paper's setting, the default here) pi_old is pi: ratio is 1 at
    every token, the clip never acts, and the loss is about 0, the mean of the advantages (plus beta KL, 0 at
    the first step). Its gradient is not 0: d ratio = d log pi. `--epochs 2` makes the clip act;
 2. k3 in the loss is, as in the paper, a biased estimate of the KL's gradient (low variance, small with beta);
-3. groups without variance still carry the KL's gradient, as in the paper; `--drop-flat` drops them (DAPO);
+3. groups without variance carry no gradient but the KL's; the paper trains on them all the same. For the tiny
+   model (beta 1e-3) they are neither scored nor trained on: `--drop-flat`, as in DAPO;
 4. for the tiny model, batch and learning rate are its own, and the latter decays at the end (PRESETS below).
 """
-import copy, itertools, math, time
+import argparse, copy, itertools, math, time
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -361,7 +362,8 @@ def update(policy, optimizer, batches, args):
 
 @torch.no_grad()
 def measure(batches, args):
-    """What the log wants to know: means over the response tokens, those of dropped rollouts included."""
+    """What the log wants to know: means over the response tokens, those that --max-kl dropped included, those
+    of groups that --drop-flat left out not."""
     row = dict.fromkeys(("kl", "clip_frac", "entropy", "drift_mean", "drift_max"), 0.0)
     row["dropped"] = sum((~batch.kept).sum().item() for batch in batches)
     tokens = sum(batch.mask.sum().item() for batch in batches)
@@ -546,9 +548,85 @@ def train(policy, reference, optimizer, source, held_out, limit, args, run):
                             limit=limit, chosen=chosen, quiet=quiet, checked=checked)
 
 
-# --------------------------------------------------------------------------------------------- 6. The command
-PRESETS = {"tiny": dict(lr=2e-4, lr_decay=0.3, prompts=16, n=8, steps=220, max_new_tokens=256, beta=1e-3),
-           "paper": dict(lr=1e-6, lr_decay=0.0, prompts=32, n=32, steps=200, max_new_tokens=2560, beta=1e-3)}
+# ---------------------------------------------------------------------------------- 6. Hand-over (sft.py, 8)
+def hand_over(policy, problems, args):
+    """--hand-over: the problems with their reward's answer, in records that serve TRL and verl, and our flags
+    under their names."""
+    rows = [{"prompt": [{"role": "user", "content": problem.question}], "answer": problem.answer,
+             "data_source": problem.task, "ability": "math",
+             "reward_model": {"style": "rule", "ground_truth": problem.answer},
+             "extra_info": {"split": "train", "index": index}} for index, problem in enumerate(problems)]
+    longest = max(len(sample.encode_prompt(policy.tokenizer, problem.question)) for problem in problems)
+    sft.hand_over(args.hand_over, policy, {
+        "rl.jsonl": rows, "trl-grpo.yaml": trl_settings(policy, args, longest),
+        "verl-grpo.sh": verl_settings(args, longest)})
+
+
+def trl_settings(policy, args, longest):
+    """trl-grpo.yaml. longest: tokens of the longest prompt."""
+    updates = args.steps * args.epochs
+    settings = dict(
+        output_dir="grpo", reward_funcs=["data.trl_reward"], max_steps=updates, num_iterations=args.epochs,
+        num_generations=args.n, max_completion_length=args.max_new_tokens, temperature=args.temperature,
+        shuffle_dataset=False, disable_dropout=True, max_grad_norm=args.max_grad_norm,
+        loss_type={"sequence": "grpo", "token": "dapo", "constant": "dr_grpo"}[args.norm],
+        scale_rewards="none" if args.no_std else "group", epsilon=args.clip,
+        epsilon_high=args.clip if args.clip_high is None else args.clip_high, beta=args.beta,
+        use_bias_correction_kl=False, entropy_coef=args.entropy,
+        vllm_importance_sampling_correction=args.tis is not None)
+    if args.tis:
+        settings.update(vllm_importance_sampling_mode="token_truncate",
+                        vllm_importance_sampling_clip_max=args.tis)
+    if args.lr_decay:
+        settings.update(lr_scheduler_type="warmup_stable_decay", lr_scheduler_kwargs=dict(
+            num_decay_steps=round(args.lr_decay * updates), decay_type="linear"))
+    return sft.trl_settings(policy, args, "rl.jsonl", args.prompts * args.n, longest + args.max_new_tokens,
+                            **settings)
+
+
+def verl_settings(args, longest):
+    """verl-grpo.sh. longest: tokens of the longest prompt."""
+    actor, rollout, trainer = "actor_rollout_ref.actor", "actor_rollout_ref.rollout", "trainer"
+    settings = {
+        "data.train_files": "$PWD/rl.jsonl", "data.val_files": "$PWD/rl.jsonl", "data.shuffle": False,
+        "data.train_batch_size": args.prompts, "data.max_prompt_length": longest,
+        "data.max_response_length": args.max_new_tokens,
+        "reward.custom_reward_function.path": "$PWD/data.py",
+        "reward.custom_reward_function.name": "compute_score",
+        "algorithm.adv_estimator": "grpo", "algorithm.norm_adv_by_std_in_grpo": not args.no_std,
+        "actor_rollout_ref.model.path": "$PWD/policy",
+        "actor_rollout_ref.model.enable_gradient_checkpointing": args.gradient_checkpointing,
+        f"{actor}.ppo_mini_batch_size": args.prompts, f"{actor}.ppo_epochs": args.epochs,
+        f"{actor}.use_dynamic_bsz": True,
+        f"{actor}.ppo_max_token_len_per_gpu": max(args.micro_tokens, longest + args.max_new_tokens),
+        f"{actor}.loss_agg_mode": {"sequence": "seq-mean-token-mean", "token": "token-mean",
+                                   "constant": "seq-mean-token-sum-norm"}[args.norm],
+        f"{actor}.loss_scale_factor": args.max_new_tokens if args.norm == "constant" else "null",
+        f"{actor}.clip_ratio": args.clip, f"{actor}.clip_ratio_low": args.clip,
+        f"{actor}.clip_ratio_high": args.clip if args.clip_high is None else args.clip_high,
+        f"{actor}.clip_ratio_c": 1e9,  # verl also bounds ratios of negative advantages, at 3: out of the way
+        f"{actor}.use_kl_loss": args.beta > 0, f"{actor}.kl_loss_coef": args.beta,
+        f"{actor}.kl_loss_type": "low_var_kl", f"{actor}.entropy_coeff": args.entropy,
+        f"{actor}.optim.lr": args.lr, f"{actor}.optim.betas": "[0.9,0.95]",
+        f"{actor}.optim.weight_decay": args.weight_decay, f"{actor}.optim.clip_grad": args.max_grad_norm,
+        f"{rollout}.name": "vllm", f"{rollout}.n": args.n, f"{rollout}.temperature": args.temperature,
+        f"{rollout}.tensor_model_parallel_size": 1,
+        "algorithm.rollout_correction.rollout_is": "token" if args.tis else "null",
+        "algorithm.rollout_correction.rollout_is_threshold": args.tis or "null",
+        f"{trainer}.total_training_steps": args.steps, f"{trainer}.total_epochs": args.steps,
+        f"{trainer}.save_freq": args.save_every, f"{trainer}.val_before_train": False,
+        f"{trainer}.logger": "[console]", f"{trainer}.default_local_dir": "$PWD/verl"}
+    lines = [f'    "{name}={value}"' for name, value in settings.items()]
+    note = "# verl has no linear decay: --lr-decay is left out\n" if args.lr_decay else ""
+    start = f'cd "$(dirname "$0")"\n{note}python3 -m verl.trainer.main_ppo'
+    return " \\\n".join([start, *lines, '    "$@"\n'])
+
+
+# --------------------------------------------------------------------------------------------- 7. The command
+PRESETS = {"tiny": dict(lr=2e-4, lr_decay=0.3, prompts=16, n=8, steps=220, max_new_tokens=256, beta=1e-3,
+                        drop_flat=True),
+           "paper": dict(lr=1e-6, lr_decay=0.0, prompts=32, n=32, steps=200, max_new_tokens=2560, beta=1e-3,
+                         drop_flat=False)}
 
 
 def add_flags(parser):
@@ -585,8 +663,9 @@ def add_flags(parser):
     add("--norm", choices=["sequence", "token", "constant"], default="sequence",
         help="what the loss is divided by")
     add("--no-std", action="store_true", help="advantages without division by the group's std (Dr. GRPO)")
-    add("--drop-flat", action="store_true",
-        help="groups without variance leave the batch, and with them their KL (DAPO)")
+    add("--drop-flat", action=argparse.BooleanOptionalAction,
+        help="groups without variance leave the batch, and with them their KL (DAPO); default: for a tiny "
+             "model only")
     add("--entropy", type=data.not_negative, default=0.0,
         help="coefficient of an entropy bonus (released code, Qwen: 0.001)")
     add("--tis", type=data.number(float, 1, math.inf, "at least 1: a lower one weighs all tokens down"),
@@ -604,6 +683,9 @@ def add_flags(parser):
 def check(args, parser, checkpoint):
     """Refuse flags that contradict each other, each in one sentence."""
     sft.check_files(args, parser, checkpoint)
+    if args.hand_over:
+        only_here = ["kl", "max_kl", "format_reward", "filter"] + ["drop_flat"] * bool(args.drop_flat)
+        sft.refuse(args, parser, only_here, "with --hand-over, since TRL and verl do not both have it")
     if args.filter and not 0 <= args.filter[0] <= args.filter[1] <= FILTER_N:
         raise data.InputError(f"--filter {args.filter[0]} {args.filter[1]}: right rollouts of {FILTER_N}, "
                               "the lower number first")
@@ -648,10 +730,12 @@ def main():
     options = data.problem_options(args)
     checkpoint = sample.default_checkpoint(args.ckpt)
     check(args, parser, checkpoint)
-    run = sft.Run(args.out, args.resume)
+    run = None if args.hand_over else sft.Run(args.out, args.resume)
     policy = sample.load_policy(checkpoint)
     sft.fill_in(args, policy.model, PRESETS)
     source, held_out = problem_source(args, options)
+    if args.hand_over:
+        return hand_over(policy, list(itertools.islice(source(), args.steps * args.prompts)), args)
     prompts = [problem.question for problem in [*itertools.islice(source(), 64), *held_out]]
     longest = max(len(sample.encode_prompt(policy.tokenizer, prompt)) for prompt in prompts)
     limit = run.state.get("limit") or sampler_rows(policy, args, longest)

@@ -34,7 +34,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig,
+                          LlamaForCausalLM, PreTrainedTokenizerFast)
 
 import data
 from data import InputError
@@ -166,13 +167,87 @@ def _read_checkpoint(path, dtype):
 
 
 def export_policy(policy, folder):
-    """Write a Hugging Face folder that transformers (and vLLM) load with the same logits.
+    """Write a Hugging Face folder that AutoTokenizer and AutoModelForCausalLM of transformers 4.57 and 5, so
+    TRL, verl and vLLM too, load with the same token ids and logits.
 
-    Load the tiny base's tokenizer with PreTrainedTokenizerFast: AutoTokenizer takes any "qwen2" folder for
-    Qwen's own.
-    """
-    policy.model.save_pretrained(folder)
-    policy.tokenizer.save_pretrained(folder)
+    Raises data.InputError where the folder, read back, gives others."""
+    model, tokenizer = policy.model, policy.tokenizer
+    tokenizer.save_pretrained(folder)
+    with data.replacing(os.path.join(folder, "chat_template.jinja")) as file:
+        file.write(frozen_template(tokenizer))
+    _edit_json(folder, "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast",
+               extra_special_tokens=None,                              # 4.57 cannot read a list of them
+               model_input_names=["input_ids", "attention_mask"])      # Llama refuses token_type_ids
+    model.config.save_pretrained(folder)                               # AutoTokenizer looks at the model type
+    if model.config.model_type == "qwen2" and not _same_ids(policy, folder):
+        model = as_llama(model)
+    model.save_pretrained(folder)
+    # transformers 4.57 knows rope_theta and rope_scaling, not rope_parameters, and would take theta 10,000
+    rope = dict(getattr(model.config, "rope_parameters", None) or {})
+    theta = rope.pop("rope_theta", None)
+    _edit_json(folder, "config.json", rope_theta=theta,
+               rope_scaling=rope if rope.get("rope_type", "default") != "default" else None)
+    # no sampling defaults (top_k, temperature ...), which engines would apply unasked
+    GenerationConfig(eos_token_id=sorted(policy.eos_ids), pad_token_id=tokenizer.pad_token_id,
+                     bos_token_id=tokenizer.bos_token_id).save_pretrained(folder)
+    if not _same_ids(policy, folder) or not _same_logits(policy, folder):
+        raise InputError(f"{folder}: as Hugging Face reads it back, it gives other tokens or logits than the "
+                         "policy: do not use it; the .pt file is not touched by this")
+
+
+def frozen_template(tokenizer):
+    """A chat template that renders a question as `prompt_text` does, and an answer as its text (without the
+    opening <think>, with which the prompt ends) and the end token. The system prompt is written into it."""
+    mark = "<question>"
+    before, after = prompt_text(tokenizer, mark).split(mark)
+    before, after, end = (json.dumps(s, ensure_ascii=False) for s in (before, after, tokenizer.eos_token))
+    return ("{% for m in messages %}{% if m.role == 'user' %}{{ " + f"{before} + m.content + {after}" + " }}"
+            "{% elif m.role == 'assistant' %}{{ " + f"m.content + {end}" + " }}{% endif %}{% endfor %}")
+
+
+def as_llama(model):
+    """A Qwen2 model as the Llama that computes the same: for a folder of model type "qwen2" AutoTokenizer
+    builds Qwen's tokenizer, whatever the folder says. Qwen2 is a Llama with biases in queries, keys and
+    values; Llama's option for them adds one to the attention's output, too, which stays 0."""
+    known = LlamaConfig().to_dict().keys() - {"model_type", "architectures"}
+    fields = {name: value for name, value in model.config.to_dict().items() if name in known}
+    llama = LlamaForCausalLM(LlamaConfig(**fields | {"attention_bias": True})).to(model.dtype)
+    zeros = {name: torch.zeros_like(p) for name, p in llama.named_parameters() if "o_proj.bias" in name}
+    llama.load_state_dict(model.state_dict() | zeros)
+    return llama
+
+
+def _edit_json(folder, name, **changes):
+    """Change fields of a JSON file; None removes one."""
+    path = os.path.join(folder, name)
+    with open(path, encoding="utf-8") as file:
+        content = json.load(file)
+    kept = {key: value for key, value in content.items() if key not in changes}
+    with data.replacing(path) as file:
+        json.dump(kept | {key: value for key, value in changes.items() if value is not None}, file, indent=2)
+
+
+def _same_ids(policy, folder):
+    """Whether AutoTokenizer encodes an example through the template as the policy does."""
+    problem, other = next(data.generate(ops=(3, 5))), AutoTokenizer.from_pretrained(folder)
+    response = problem.response.removeprefix("<think>")
+    question = {"role": "user", "content": problem.question}
+    prompt = other.apply_chat_template([question], tokenize=False, add_generation_prompt=True)
+    turns = other.apply_chat_template([question, {"role": "assistant", "content": response}], tokenize=False)
+    theirs = [other(text, add_special_tokens=False).input_ids for text in (prompt, turns[len(prompt):])]
+    return other.eos_token_id == policy.tokenizer.eos_token_id and theirs == [
+        encode_prompt(policy.tokenizer, problem.question), encode_response(policy.tokenizer, response)]
+
+
+@torch.no_grad()
+def _same_logits(policy, folder):
+    """Whether the model in the folder gives an example's tokens the logits that the policy gives them."""
+    ours = policy.model
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=ours.dtype).to(policy.device).eval()
+    tokens = encode_prompt(policy.tokenizer, next(data.generate(ops=(3, 5))).question)
+    a, b = (model(torch.tensor([tokens], device=policy.device)).logits.float() for model in (ours, theirs))
+    rounding = 1e-4 if ours.dtype == torch.float32 else 2e-2           # of a product with a bias or without
+    return bool((a - b).abs().max() <= rounding * a.abs().max())
 
 
 def default_checkpoint(name=None):
@@ -207,18 +282,19 @@ SYSTEM_PROMPT = ("Solve the user's problem. First reason step by step inside <th
                  "then give the result inside <answer> and </answer> as \\boxed{integer}.")
 
 
+def prompt_text(tokenizer, question):
+    """The prompt as text. It always ends with the opening <think>, once, and holds at most one BOS."""
+    if not tokenizer.chat_template:
+        return f"{tokenizer.bos_token or ''}{SYSTEM_PROMPT}\n\n{question}\n<think>"
+    messages = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": question}]
+    # the template writes its own BOS where it wants one; those of "thinking" models write <think> themselves
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return (text.rstrip().removesuffix("<think>") if text.rstrip().endswith("<think>") else text) + "<think>"
+
+
 def encode_prompt(tokenizer, question):
-    """Token ids of the prompt. It always ends with the opening <think>, once, and holds at most one BOS."""
-    if tokenizer.chat_template:
-        messages = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": question}]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        if text.rstrip().endswith("<think>"):  # templates of "thinking" models write it themselves
-            text = text.rstrip().removesuffix("<think>")
-        bos = []                                             # the template writes its own where it wants one
-    else:
-        text = f"{SYSTEM_PROMPT}\n\n{question}\n"
-        bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    return bos + tokenizer(text + "<think>", add_special_tokens=False).input_ids
+    """Token ids of the prompt."""
+    return tokenizer(prompt_text(tokenizer, question), add_special_tokens=False).input_ids
 
 
 def encode_response(tokenizer, response):

@@ -15,14 +15,15 @@ The question's tokens condition and are never trained on. What is masked follows
 token values (a pad that equals the end token would otherwise hide the end, and generation would never stop);
 exactly one end token is trained.
 
-grpo.py shares sections 1 to 5. Half an hour of reading without pretraining (7); at first skip memory (3) too.
+grpo.py shares sections 1 to 5 and 8. Half an hour of reading without pretraining (7); at first skip
+memory (3) and hand-over (8) too.
 
 Where we depart from the paper:
 1. for the tiny model, batch, learning rate, epochs and p are its own (PRESETS below), else the paper's;
 2. the loss is averaged over the tokens of the whole batch, however the batch is cut into micro-batches;
 3. `--model scratch` has no counterpart in the paper, which starts from pretrained models.
 """
-import csv, functools, glob, itertools, json, math, os, re, signal, sys, time, zlib
+import csv, functools, glob, itertools, json, math, os, re, shutil, signal, sys, time, zlib
 from collections import Counter
 from random import Random
 from types import SimpleNamespace
@@ -326,6 +327,8 @@ def add_run_flags(parser, out):
     add("--resume", action="store_true", help="go on with an unfinished run of the same --out")
     add("--save-every", type=data.positive_int, default=25, help="steps between saved states")
     add("--export", metavar="FOLDER", help="also write a Hugging Face folder at the end")
+    add("--hand-over", metavar="FOLDER",
+        help="train nothing: write the policy, the data and these settings for TRL and verl")
     add("--weight-decay", type=data.not_negative, default=0.01)
     add("--micro-tokens", type=data.positive_int, default=4096,
         help="tokens in one forward pass: lower it when memory runs out")
@@ -375,9 +378,12 @@ def check_files(args, parser, start):
                               "written")
     if os.path.abspath(start) == os.path.abspath(args.out):
         raise data.InputError(f"--out {args.out}: is the file that the run starts from; name another one")
-    empty = args.export and os.path.isdir(args.export) and not os.listdir(args.export)
-    if args.export and os.path.exists(args.export) and not empty and not args.resume:
-        raise data.InputError(f"--export {args.export}: exists already; name a new folder")
+    if args.hand_over:
+        refuse(args, parser, ("resume", "export"), "with --hand-over, which trains nothing")
+    for flag, folder in (("--export", args.export), ("--hand-over", args.hand_over)):
+        empty = folder and os.path.isdir(folder) and not os.listdir(folder)
+        if folder and os.path.exists(folder) and not empty and not args.resume:
+            raise data.InputError(f"{flag} {folder}: exists already; name a new folder")
 
 
 # -------------------------------------------------------------------------------------------- 6. The SFT loop
@@ -822,7 +828,60 @@ def pretrain(policy, args, run):
             sample.save_policy(args.out, policy, vars(args) | row, dtype=torch.bfloat16)
         run.end_of_step(pool, pool + (not last), args.save_every, optimizer, seen=seen, updates=updates)
 
-# --------------------------------------------------------------------------------------------- 8. The command
+# ----------------------------------------------------------------- 8. Hand-over: what TRL and verl start from
+def hand_over(folder, policy, files):
+    """Write into `folder`, a new one: policy/; data.py, which holds the reward; and `files`, {name: a text or
+    records}. Their settings' paths start there."""
+    sample.export_policy(policy, os.path.join(folder, "policy"))
+    shutil.copy(data.__file__, folder)
+    for name, content in files.items():
+        path = os.path.join(folder, name)
+        if isinstance(content, str):
+            with data.replacing(path) as file:
+                file.write(content)
+        else:
+            data.write_records(path, content)
+    print(f"{folder}: policy, data.py, {', '.join(files)}; next: \"When one GPU is not enough\" in README.md")
+
+
+def trl_settings(policy, args, file, batch, longest, **more):
+    """The settings of a run under TRL's names, as YAML. batch: the examples of one update, each of at most
+    `longest` tokens; TRL splits it evenly, as far as --micro-tokens asks for."""
+    micro = max(size for size in range(1, batch + 1)
+                if batch % size == 0 and (size == 1 or size * longest <= args.micro_tokens))
+    settings = dict(
+        model_name_or_path="policy", datasets=[dict(path="json", data_files=file)], seed=args.seed,
+        per_device_train_batch_size=micro, gradient_accumulation_steps=batch // micro,
+        bf16=policy.model.dtype == torch.bfloat16, gradient_checkpointing=args.gradient_checkpointing,
+        learning_rate=args.lr, lr_scheduler_type="constant", weight_decay=args.weight_decay,
+        adam_beta1=0.9, adam_beta2=0.95, logging_steps=1, save_steps=args.save_every, report_to="none")
+    return "".join(f"{name}: {json.dumps(value)}\n" for name, value in (settings | more).items())
+
+
+def hand_over_sft(policy, problems, args):
+    """--hand-over: the examples as token ids with labels (for TRL; no template can come between) and, where
+    pyarrow is installed, as messages (for verl)."""
+    examples = load_examples(policy, problems, math.inf)
+    kept = [(problem, prompt, response) for problem, (prompt, response) in zip(problems, examples)
+            if len(prompt) + len(response) <= args.max_length]
+    rows = [{"input_ids": prompt + response, "labels": [sample.IGNORE] * len(prompt) + response}
+            for _, prompt, response in kept]
+    settings = trl_settings(
+        policy, args, "sft.jsonl", args.batch, max(len(row["labels"]) for row in rows), output_dir="sft",
+        num_train_epochs=args.epochs, max_length=args.max_length, max_grad_norm=1.0)
+    hand_over(args.hand_over, policy, {"sft.jsonl": rows, "trl-sft.yaml": settings})
+    try:
+        import pyarrow, pyarrow.parquet
+    except ImportError:
+        return print("no sft.parquet, since pyarrow is not installed: verl's SFT needs it, TRL does not")
+    messages = [[{"role": "user", "content": problem.question},
+                 {"role": "assistant", "content": problem.response.removeprefix("<think>")}]
+                for problem, _, _ in kept]
+    pyarrow.parquet.write_table(pyarrow.table({"messages": messages}),
+                                os.path.join(args.hand_over, "sft.parquet"))
+
+
+# --------------------------------------------------------------------------------------------- 9. The command
 PRESETS = {"tiny": dict(lr=1e-3, batch=32, epochs=1, p=0.3),  # ours, for a model a thousand times smaller
            "paper": dict(lr=5e-6, batch=128, epochs=5, p=0.1)}
 
@@ -870,7 +929,7 @@ def run_pretraining(args, parser):
     """--model scratch: section 7."""
     refuse(args, parser, ("data", "ops", "size", "depth", "redundancy", "names", "tidy", "max_value",
                           "method", "behaviors", "p", "n", "batch", "epochs", "gradient_checkpointing",
-                          "export"), "with --model scratch")
+                          "export", "hand_over"), "with --model scratch")
     if args.width % (2 * args.heads):
         raise data.InputError("--width must be divisible by twice --heads")
     args.lr = args.lr or 1e-3
@@ -910,10 +969,13 @@ def main():
     args.command = " ".join(["python", "sft.py", *sys.argv[1:]])
     if args.model == "scratch":
         return run_pretraining(args, parser)
-    run = Run(args.out, args.resume)
+    run = None if args.hand_over else Run(args.out, args.resume)
     policy = sample.load_policy(start)
     fill_in(args, policy.model, PRESETS)
-    examples = load_examples(policy, answered_problems(args, options), args.max_length)
+    problems = answered_problems(args, options)
+    examples = load_examples(policy, problems, args.max_length)
+    if args.hand_over:
+        return hand_over_sft(policy, problems, args)
     lengths = [len(prompt) + len(response) for prompt, response in examples]
     tokens = max(args.micro_tokens, *lengths)
     print(sample.describe(policy))

@@ -264,6 +264,22 @@ def test_dropped_rollouts_leave_the_fraction_above_and_below_the_line(tiny, batc
     assert (dropped - kept).norm() > 0.01 * dropped.norm()
     none, row = step_gradient_or_none(policy, batch, max_kl=1e-9)
     assert none is None and row["dropped"] == 12 and row["grad_norm"] == 0  # nothing left: no update at all
+    flat = grpo.Rollouts(batch.examples, batch.logprobs, torch.ones_like(batch.rewards))
+    none, row = step_gradient_or_none(policy, flat, drop_flat=True)
+    assert none is None and row["loss"] == row["grad_norm"] == row["entropy"] == 0
+
+
+def test_a_tiny_model_drops_flat_groups_and_the_papers_does_not(tiny):
+    """Bugs: a preset that overrides what was asked for; flat groups scored by default for the tiny model."""
+    def filled(model, *words):
+        parser = data.Parser("")
+        grpo.add_flags(parser)
+        args = parser.parse_args(words)
+        sft.fill_in(args, model, grpo.PRESETS)
+        return args.drop_flat
+    large = SimpleNamespace(parameters=lambda: [torch.empty(60_000_000, device="meta")])
+    assert [filled(m, *w) for m in (tiny().model, large) for w in ((), ("--drop-flat",), ("--no-drop-flat",))] == [
+        True, True, False, False, True, False]
 
 
 def step_gradient_or_none(policy, batch, **options):
@@ -712,7 +728,7 @@ def test_hugging_face_folders_in_and_out(script, tmp_path, family):
     assert len(list((tmp_path / "base").glob("*.safetensors"))) > 1
     small = ["--n", 8, "--batch", 4, "--epochs", 1, "--ops", 1, 1, "--lr", 1e-2]
     for command in (["sft.py", "--model", "base", *small, "--export", "sft"],
-                    ["grpo.py", "--ckpt", "sft", "--steps", 2, *SMALL, "--entropy", 0.05, "--lr", 1e-2,
+                    ["grpo.py", "--ckpt", "sft", "--steps", 2, *SMALL, "--entropy", 0.05, "--lr", 1e-2, "--no-drop-flat",
                      "--gradient-checkpointing", "--export", "rl"]):
         result = script(*command)
         assert result.returncode == 0, result.stderr
