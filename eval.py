@@ -5,6 +5,8 @@
     python eval.py --ckpt sft.pt grpo.pt --data test.jsonl
     python eval.py --curves grpo.csv --plot reward.png      # the training log as a figure
     python eval.py --ckpt sft.pt grpo.pt --results results.csv && python eval.py --report results.csv
+    python eval.py --ckpt sft.pt grpo.pt --html report.html # all of it on one page, with answers to look at
+    python eval.py --ckpt sft.pt half.pt grpo.pt --influence
 
 Accuracy is exact match of the boxed integer, greedy, on held-out problems (a hash of the text keeps them
 apart from everything trained on). Beside it stand its 95% interval and the score of a policy that always
@@ -19,7 +21,10 @@ Two kinds of chance are kept apart. Between two checkpoints on the same problems
 whether the *problems* could explain the difference. Between two methods only fresh *seeds* count: every seed
 trains both, and the report gives the mean of the paired differences with its t-interval.
 
-Twenty minutes to read. Parts 1, 2 and 4 are the idea; the figures (3) and the command (5) can wait.
+Why does RL lift one policy and not another? --influence computes, before a step is taken, what it would
+change (section 3), for several checkpoints of a run side by side.
+
+Half an hour to read. Sections 1, 2, 3 and 5 are the idea; figures (4), page (6) and command (7) can wait.
 """
 import base64, csv, html, importlib.util, io, itertools, json, math, os, re, statistics, string, sys
 from collections import Counter, defaultdict
@@ -148,8 +153,7 @@ def measure(policy, problems, max_new_tokens=512, samples=0, seed=0, analyses=()
 
     n, correct, process: counts (greedy; process is None where problems have no graph); hits: 0 or 1 for each
     problem; accuracy, ci95, majority, format_rate, cut_rate: shares; mean_tokens: tokens a response.
-    analyses: of the rollouts, "influence", "leave-one-out" (influence without a query's own part), "entropy".
-    """
+    analyses: of the rollouts, "influence" and "entropy"."""
     greedy = sample.greedy_accuracy(policy, problems, max_new_tokens)
     reports = check(problems, greedy["texts"])
     copied = ("n", "correct", "accuracy", "format_rate", "cut_rate", "mean_tokens")
@@ -159,11 +163,11 @@ def measure(policy, problems, max_new_tokens=512, samples=0, seed=0, analyses=()
     if reports:
         scores["behaviors"] = behaviors(reports)
     if samples:
-        scores["rollouts"], groups, rewards = measure_rollouts(policy, problems, max_new_tokens, samples, seed)
+        scores["rollouts"], groups, rewards = measure_rollouts(policy, problems, max_new_tokens, samples,
+                                                               seed)
         policy.engine = None  # the sampler's cache: its memory is needed now
     if "influence" in analyses:
-        scores["influence"] = measure_influence(policy, groups, rewards, "leave-one-out" in analyses,
-                                                micro_tokens)
+        scores["influence"] = measure_influence(policy, groups, rewards, micro_tokens)
     if "entropy" in analyses:
         scores |= measure_entropy(policy, problems, itertools.chain(*groups), seed, micro_tokens)
     return scores
@@ -177,21 +181,21 @@ def compare(results):
 
 
 # -------------------------------------------- 3. What a step of GRPO would change: influence; and the entropy
-# A step on the rollouts of one query q changes the expected reward of all queries by (Proposition 3.1, without
-# the learning rate; o+ and o- are right and wrong rollouts of q, alpha is the share of right ones)
+# A step on the rollouts of one query q changes the expected reward of all queries by (Proposition 3.1, per
+# unit of learning rate; o+ and o- are right and wrong rollouts of q, alpha is the share of right ones)
 #
-#     dJ(q) = mean over (q', o') of  sqrt(alpha (1 - alpha)) A(q', o') (mean of K(o', o+) - mean of K(o', o-)),
-#     K(o', o) = <grad log pi(o'|q'), grad log pi(o|q)>                                       (co-influence)
+#     dJ(q) = mean over (q', o') of sqrt(alpha (1 - alpha)) A(q', o') (mean of K(o', o+) - mean of K(o', o-))
+#     K(o', o) = <grad log pi(o'|q'), grad log pi(o|q)>                                      (co-influence)
 #
 # Q N rollouts make (Q N)^2 pairs, but an inner product is linear: the mean over (q', o') moves inside,
 #
-#     dJ(q) = <own(q), G>        G = mean over (q', o') of  A(q', o') grad log pi(o'|q')
+#     dJ(q) = <own(q), G>        G = mean over (q', o') of A(q', o') grad log pi(o'|q')
 #     own(q) = sqrt(alpha (1 - alpha)) (mean of grad log pi(o+|q) - mean of grad log pi(o-|q))
 #
-# G is one backward pass over everything, own(q) one over the rollouts of q: no pair is formed, and nothing is
-# projected. (The paper projects 16,000 gradients to 8,192 random dimensions, App. B.7, to estimate this.) G is
-# the ascent direction of GRPO itself and own(q) the share that q has in it, but for a constant: so the mean of
-# dJ over queries is about |G|^2, and a query with dJ < 0 pulls against the others.
+# G is one backward pass over everything, own(q) one over the rollouts of q: no pair is formed, nothing is
+# projected. (The paper projects 16,000 gradients to 8,192 random dimensions, App. B.7, to estimate this.) G
+# is the direction in which GRPO moves and own(q), but for a constant, what q adds to it. So the mean of dJ is
+# about |G|^2, and a query is among those that it influences: with few queries most of dJ can be that.
 def make_batches(policy, examples, weights, micro_tokens):
     """(prompt tokens, response tokens) pairs and a number for each, as grpo.py's micro-batches."""
     for rows in grpo.pack(examples, micro_tokens):
@@ -202,29 +206,21 @@ def make_batches(policy, examples, weights, micro_tokens):
 
 def gradient(policy, examples, weights, temperature, micro_tokens):
     """sum_i weights[i] grad log pi(o_i|q_i) as one vector (P,), summed in fp32 at least."""
-    params, total = [p for p in policy.model.parameters() if p.requires_grad], 0
-    dtype = torch.promote_types(params[0].dtype, torch.float32)
+    params = [p for p in policy.model.parameters() if p.requires_grad]
+    sizes, dtype = [p.numel() for p in params], torch.promote_types(params[0].dtype, torch.float32)
+    total = torch.zeros(sum(sizes), dtype=dtype, device=policy.device)
     for batch in make_batches(policy, examples, weights, micro_tokens):
         logprob, _ = batch.logprobs(policy.model, temperature)  # (B, T), 0 behind a response's end
         parts = torch.autograd.grad(batch.advantages @ logprob.sum(dim=1), params)
-        total = total + torch.cat([part.flatten().to(dtype) for part in parts])
+        for slot, part in zip(total.split(sizes), parts):
+            slot += part.flatten()
     return total
 
 
-def influence(policy, groups, rewards, temperature=1.0, leave_one_out=False, micro_tokens=4096):
-    """Influence of a GRPO step on each of Q queries (Proposition 3.1) -> (alpha (Q,), delta (Q,)).
-
-    groups[q]: N pairs (prompt ids, response ids), rollouts of query q at this temperature; rewards (Q, N): 1.0
-    where right, else 0.0. alpha: share of right rollouts. delta: dJ above, in reward per unit of learning
-    rate; exactly 0 where all rollouts are right or all wrong. leave_one_out: G is the mean over the other
-    queries. log pi(o|q) is the sum over the response's tokens; A is grpo.group_advantages. micro_tokens:
-    tokens in one forward pass; the peak is below that of training. Raises ValueError for other shapes."""
+def influence_with_own(policy, groups, rewards, temperature, micro_tokens):
+    """alpha, dJ, and the part of dJ that is a query's influence on itself, (Q,) each."""
     Q, N = rewards.shape
-    if [len(group) for group in groups] != [N] * Q or Q < 1 + leave_one_out:
-        raise ValueError("rewards must be (queries, rollouts), one for each pair of groups; "
-                         "leave_one_out needs two queries")
-    rewards = rewards.float()
-    alpha, delta = rewards.mean(dim=1), torch.zeros(Q)
+    alpha, delta, itself = rewards.mean(dim=1), torch.zeros(Q), torch.zeros(Q)
     signal, advantages = (alpha * (1 - alpha)).sqrt(), grpo.group_advantages(rewards)
     mixed = signal.nonzero().flatten().tolist()  # in all others the advantages and the signal are 0
     rollouts = [pair for q in mixed for pair in groups[q]]
@@ -234,25 +230,42 @@ def influence(policy, groups, rewards, temperature=1.0, leave_one_out=False, mic
         weights = signal[q] * (right / right.sum() - wrong / wrong.sum())  # (N,)
         own = gradient(policy, groups[q], weights, temperature, micro_tokens)
         delta[q] = own @ G
-        if leave_one_out:  # the advantages are the same weights, but for a factor
-            factor = advantages[q, 0] / N / weights[0]
-            delta[q] = (Q * delta[q] - factor * (own @ own)) / (Q - 1)
-    return alpha, delta
+        in_G = advantages[q, 0] / (Q * N) / weights[0]  # the advantages are these weights times a constant
+        itself[q] = in_G * (own @ own)
+    return alpha, delta, itself
 
 
-def measure_influence(policy, groups, rewards, leave_one_out, micro_tokens):
-    """alpha, delta: of each query; mean, signal: means over all queries of dJ and sqrt(alpha (1 - alpha));
-    co_influence: mean of their ratio over mixed queries; by_right[c]: mean dJ of the queries with c right
-    rollouts, None where there is none; queries[c]: how many these are."""
-    alpha, delta = influence(policy, groups, rewards, 1.0, leave_one_out, micro_tokens)
+def influence(policy, groups, rewards, temperature=1.0, leave_one_out=False, micro_tokens=4096):
+    """Influence of a GRPO step on each of Q queries (Proposition 3.1) -> (alpha (Q,), delta (Q,)).
+
+    groups[q]: N pairs (prompt ids, response ids), rollouts of query q at this temperature; rewards (Q, N):
+    1.0 where right, else 0.0. alpha: share of right rollouts. delta: dJ above, in reward per unit of learning
+    rate; exactly 0 where all rollouts are right or all wrong. leave_one_out: G is the mean over the other
+    queries. log pi(o|q) is the sum over the response's tokens, A is grpo.group_advantages. micro_tokens:
+    tokens in one forward pass. Beside the weights it holds three gradients: not more than sft.py's AdamW.
+    Raises ValueError for other shapes."""
+    Q, N = rewards.shape
+    if [len(group) for group in groups] != [N] * Q or Q < 1 + leave_one_out:
+        raise ValueError("rewards must be (queries, rollouts), one for each pair of groups; "
+                         "leave_one_out needs two queries")
+    alpha, delta, itself = influence_with_own(policy, groups, rewards.float(), temperature, micro_tokens)
+    return alpha, (delta - itself) * Q / (Q - 1) if leave_one_out else delta
+
+
+def measure_influence(policy, groups, rewards, micro_tokens):
+    """alpha, delta, itself: of each query, as above; mean, signal: means over all queries of dJ and
+    sqrt(alpha (1 - alpha)); on_others: mean dJ with leave_one_out, since what a query is to itself is never
+    negative; co_influence: mean of dJ / signal over mixed queries; by_right[c]: mean dJ of the queries with c
+    right rollouts, None where there is none."""
+    alpha, delta, itself = influence_with_own(policy, groups, rewards, 1.0, micro_tokens)
     signal, right = (alpha * (1 - alpha)).sqrt(), rewards.sum(dim=1)
     by_right = [delta[right == c].tolist() for c in range(rewards.shape[1] + 1)]
-    mixed = signal > 0
-    return {"mean": delta.mean().item(), "signal": signal.mean().item(), "leave_one_out": leave_one_out,
+    mixed, others = signal > 0, len(groups) / max(1, len(groups) - 1)
+    return {"mean": delta.mean().item(), "on_others": (delta - itself).mean().item() * others,
+            "signal": signal.mean().item(),
             "co_influence": (delta / signal)[mixed].mean().item() if mixed.any() else None,
             "by_right": [statistics.mean(values) if values else None for values in by_right],
-            "queries": [len(values) for values in by_right],
-            "alpha": alpha.tolist(), "delta": delta.tolist()}
+            "alpha": alpha.tolist(), "delta": delta.tolist(), "itself": itself.tolist()}
 
 
 @torch.no_grad()
@@ -302,8 +315,15 @@ def by_run(pairs):
 def new_figure(width, height, panels=1, rows=1, sharey="row"):
     """A figure and its panels, (rows, panels); those of a row share their y-axis."""
     from matplotlib.figure import Figure  # here, because nothing else needs matplotlib
-    figure = Figure(figsize=(width * panels, height * rows), layout="tight")
+    figure = Figure(figsize=(width * panels, height * rows), layout="constrained")
     return figure, figure.subplots(rows, panels, sharey=sharey, squeeze=False)
+
+
+def add_legend(figure, axis):
+    """The legend of one panel, above all of them, where it hides nothing."""
+    handles, labels = axis.get_legend_handles_labels()
+    columns = 1 if max(map(len, labels)) > 30 else 3
+    figure.legend(handles, labels, loc="outside upper left", ncols=columns, frameon=False, fontsize=8)
 
 
 def save_figure(figure, path):
@@ -350,7 +370,7 @@ def plot(results, path):
         for axis, split in zip(row, splits):
             draw_by_right(axis, results, split, kind)
             axis.label_outer()
-    axes[0][0].legend(frameon=False)
+    add_legend(figure, axes[0][0])
     save_figure(figure, path)
 
 
@@ -404,13 +424,13 @@ def draw_curves(axis, paths):
     axis.set_xlabel("GRPO step")
     axis.set_ylabel("share right")
     axis.set_ylim(0, 1)
-    axis.legend(frameon=False, fontsize=8, loc="upper left")
 
 
 def plot_curves(paths, path):
     """The training logs as one figure."""
     figure, axes = new_figure(6, 3.4)
     draw_curves(axes[0][0], paths)
+    add_legend(figure, axes[0][0])
     save_figure(figure, path)
 
 
@@ -426,13 +446,14 @@ def draw_intervals(axis, rows, names):
                       markerfacecolor="0.2" if i == 0 else "1")
     axis.set_yticks(range(len(rows)), rows)
     axis.set_ylim(len(rows) - 0.4, -0.6)
-    axis.set_xlim(0, 1)
+    axis.set_xlim(-0.02, 1.02)
+    axis.set_xlabel("share right")
 
 
 # ----------------------------------------------------------- 5. Many seeds: results.csv, and the report on it
 KEY = ("task", "method", "seed", "stage", "split", "ops")  # names a row; ops: operations, promptbench: depth
-COLUMNS = (*KEY, "n", "correct", "process", "p")  # process: empty where no steps were checked; p: injection
-#                                                    probability, empty where nothing was injected or it is unknown
+# process: empty where no steps were checked; p: of injection, empty where nothing was or nobody knows
+COLUMNS = (*KEY, "n", "correct", "process", "p")
 
 
 def sft_info(policy):
@@ -444,8 +465,8 @@ def sft_info(policy):
 
 
 def method_name(policy, name=""):
-    """The method of the SFT answers: "vanilla", "bridge", "subgoal" (a behavior alone), "bridge-p0.1" (not the
-    preset's p)."""
+    """The method of the SFT answers: "vanilla", "bridge", "subgoal" (a behavior alone), "bridge-p0.1" (with
+    another p than the preset's)."""
     info = sft_info(policy)
     if info.get("data"):  # the answers came from a file, and sft.py's --method says nothing about it
         return run_of(info["data"])
@@ -539,7 +560,8 @@ def percent(values, seeds, sign=""):
 def report(path):
     """results.csv as a table of means over seeds, then bridge against vanilla. Only paired seeds count: those
     with both stages in the table, those with both methods in the comparison."""
-    lines = ["| task | split | method | seeds | SFT | RL | gain | process-verified SFT | RL | majority |",
+    lines = ["| task | split | method | seeds | SFT | RL | gain | process-verified SFT | process-verified RL "
+             "| majority |",
              "|---|---|---|---|---|---|---|---|---|---|"]
     comparisons = []
     for (task, split), cell in sorted(shares(read_results(path)).items()):
@@ -547,10 +569,10 @@ def report(path):
         for method in sorted({method for method, stage in cell if stage == "rl"}):
             gain = cell[method, "gain"] = minus(cell[method, "rl"], cell[method, "sft"])
             if gain:
-                before, after, sound_before, sound_after = (
-                    percent(cell[method, stage], gain) for stage in ("sft", "rl", "sft-process", "rl-process"))
-                lines.append(f"| {task} | {split} | {method} | {len(gain)} | {before} | {after} | "
-                             f"{percent(gain, gain, '+')} | {sound_before} | {sound_after} | {guess:.1%} |")
+                stages = ("sft", "rl", "gain", "sft-process", "rl-process")
+                values = [percent(cell[method, s], gain, "+" if s == "gain" else "") for s in stages]
+                lines.append(f"| {task} | {split} | {method} | {len(gain)} | {' | '.join(values)} | "
+                             f"{guess:.1%} |")
         seeds = minus(cell["bridge", "gain"], cell["vanilla", "gain"]).keys()
         if seeds:
             gain, rl, process = (percent(minus(cell["bridge", stage], cell["vanilla", stage]), seeds, "+")
@@ -590,15 +612,14 @@ def plot_report(path, out):
             draw_intervals(below, {f"p = {p:g}": after[m] for p, m in sweep}, names)
         else:
             below.set_axis_off()
-        (below if sweep else above).set_xlabel("accuracy after RL")
-    axes[0][0].legend(frameon=False, fontsize=8)
+    add_legend(figure, axes[0][0])
     save_figure(figure, out)
 
 
-# ------------------------------------------------------------------------------------------------- 6. The page
-# --html: one file that needs nothing else. What came from a model or from a file is escaped where it is put in.
-# Figures are pictures within the page, each with its numbers in a table below. Behaviors differ by the line at
-# the left and by a word, so that they can be told apart in grey.
+# ------------------------------------------------------------------------------------------------ 6. The page
+# --html: one file that needs nothing else. What came from a model or from a file is escaped where it is put
+# in. Figures are pictures within the page, each with its numbers in a table below. Behaviors differ by the
+# line at the left and by a word, so that they can be told apart in grey.
 SHOWN = 10  # problems with their rollouts
 PAGE = string.Template("""<!DOCTYPE html>
 <html lang="en">
@@ -608,7 +629,7 @@ PAGE = string.Template("""<!DOCTYPE html>
 <style>
   body { font: 1rem/1.5 system-ui, sans-serif; color: #222; max-width: 75rem; margin: auto; padding: 0 1rem }
   h2 { border-top: 1px solid #bbb; padding-top: 1rem; margin-top: 2.5rem }
-  .side { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); gap: 1rem }
+  .side { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)); gap: 1rem }
   .side > * { min-width: 0 }
   figure, h3, h4 { margin: 0 0 .5rem }
   img { width: 100%; max-width: 32rem }
@@ -617,9 +638,10 @@ PAGE = string.Template("""<!DOCTYPE html>
   th, td { padding: .15rem .6rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap }
   th:first-child, td:first-child { text-align: left }
   pre { font-size: .8rem; overflow-x: auto; background: #f4f4f4; padding: .5rem }
+  pre.question { white-space: pre-wrap }
   ol { font: .8rem/1.5 ui-monospace, monospace; padding-left: 2.2rem; margin: .2rem 0 1rem }
   li { border-left: 4px solid transparent; padding-left: .4rem; overflow-wrap: anywhere }
-  li b { font: italic .75rem system-ui, sans-serif; border: 1px solid; border-radius: .5rem; padding: 0 .4rem }
+  li b { font: italic .75rem system-ui; border: 1px solid; border-radius: .5rem; padding: 0 .4rem }
   .subgoal { border-left: 4px solid #178a3c } .subgoal b { color: #116b2e }
   .analysis { border-left: 4px dotted #1470b8 } .analysis b { color: #105a94 }
   .reflection { border-left: 4px dashed #b07a00; background: #fff7e0 } .reflection b { color: #7a5500 }
@@ -635,17 +657,19 @@ $body
 </html>
 """)
 INTRODUCTION = """A language model answers word problems step by step. Supervised fine-tuning (SFT) showed it
-answers to imitate; reinforcement learning (RL) then let it try, and made what led to right results more likely.
-This page compares its checkpoints on the same problems, none of which it was trained on. <em>Right</em>: the
-final number is right. <em>Process-verified</em>: right, and every step is sound. <em>Rollouts</em> are answers
-drawn at random (temperature 1); accuracy is that of the likeliest answer (greedy)."""
-INFLUENCE = """How much one step of RL on a problem would raise the reward of all problems (Proposition 3.1 of the
-BRIDGE paper, per unit of learning rate), before that step is taken. Problems that are always or never solved
-teach nothing. It is the product of a signal, largest where half of the rollouts are right, and of how well the
-gradients of problems agree (co-influence)."""
-ANSWERS = """The first $n problems, as they came. A marked line shows a behavior: <em>reflection</em> (start on a
-quantity too early, notice, go back), <em>analysis</em> (restate a premise), <em>subgoal</em> (one operation per
-"="). The first unsound line is framed, with the reason; what follows it was not checked."""
+answers to imitate; reinforcement learning (RL) then let it try, and made what led to right results likelier.
+This page compares its checkpoints on the same problems, none of which they were trained on. <em>Right</em>:
+the final number is right. <em>Process-verified</em>: right, and every step is sound. <em>Rollouts</em> are
+answers drawn at random (temperature 1); accuracy is that of the likeliest answer (greedy)."""
+INFLUENCE = """Influence: how much a step of RL on one problem would raise the reward of all (Proposition 3.1
+of the BRIDGE paper, per unit of learning rate), computed before that step is taken. Problems that are always
+or never solved teach nothing. It is a signal, largest where half of the rollouts are right, times the
+agreement of gradients (co-influence). A problem is one of those that it influences, and with few problems
+that is most of it: <em>on others</em> leaves it out."""
+ANSWERS = """The first problems, as they came; open one to see its premises, its graph from the answer down to
+what is given, and the answers. A marked line shows a behavior: <em>reflection</em> (start on a quantity too
+early, notice, go back), <em>analysis</em> (restate a premise), <em>subgoal</em> (one operation per "="). The
+first unsound line is framed, with the reason; what follows it was not checked."""
 
 
 def html_table(rows):
@@ -656,47 +680,47 @@ def html_table(rows):
     return f"<div class=scroll tabindex=0><table>{''.join(lines)}</table></div>"
 
 
-def html_figure(alt, draw, *arguments, legend=True, height=3.2):
+def html_figure(alt, draw, *arguments, height=3.2):
     """What draw(axis, *arguments) draws, as a picture; alt says what it shows to who cannot see it."""
     figure, axes = new_figure(4.8, height)
     draw(axes[0][0], *arguments)
-    if legend:
-        axes[0][0].legend(frameon=False, fontsize=8)
+    add_legend(figure, axes[0][0])
     file = io.BytesIO()
     figure.savefig(file, format="svg")
     code = base64.b64encode(file.getvalue()).decode()
     return f'<figure><img alt="{html.escape(alt)}" src="data:image/svg+xml;base64,{code}"></figure>'
 
 
-def html_answer(problem, text):
-    """An answer line by line, behaviors and the first unsound line marked."""
+def html_answer(number, problem, text):
+    """A rollout line by line, behaviors and the first unsound line marked."""
+    verdict = "right" if data.reward(text, problem.answer) else "wrong"
     fault = check([problem], [text])[0].error if problem.nodes else None
     lines = []
-    for number, line in enumerate(text.split("\n"), 1):
+    for place, line in enumerate(f"<think>{text}".split("\n"), 1):
         kind, reason = data.line_kind(line), ""
         tag = f" <b>{kind}</b>" if kind else ""
-        if fault and number == fault.line:
+        if fault and place == fault.line:
             reason = f"<strong class=reason>first fault ({fault.kind}): {html.escape(fault.reason)}</strong>"
             kind += " fault"
         lines.append(f'<li class="{kind}">{html.escape(line)}{tag}{reason}</li>')
-    return f"<ol>{''.join(lines)}</ol>"
+    but = ", but a step is unsound" if fault and verdict == "right" else ""
+    return f"<p>Rollout {number}: {verdict}{but}</p><ol>{''.join(lines)}</ol>"
 
 
-def html_problem(problem, texts):
+def html_problem(problem, texts, opened):
     """A problem with its graph, and {checkpoint: its rollouts} side by side: the first one and, folded, the
     others."""
     columns = []
     for name, answers in texts.items():
-        verdicts = ["right" if data.reward(text, problem.answer) else "wrong" for text in answers]
-        items = [f"<p>Rollout {i}: {verdict}</p>{html_answer(problem, text)}"
-                 for i, (verdict, text) in enumerate(zip(verdicts, answers), 1)]
-        others = f"<details><summary>{len(items) - 1} more</summary>{''.join(items[1:])}</details>"
-        columns.append(f"<section><h4>{html.escape(name)}: {verdicts.count('right')} of {len(answers)} right"
-                       f"</h4>{items[0]}{others if items[1:] else ''}</section>")
+        right = sum(data.reward(text, problem.answer) for text in answers)
+        first, *others = [html_answer(i, problem, text) for i, text in enumerate(answers, 1)]
+        columns.append(f"<section><h4>{html.escape(name)}: {right:.0f} of {len(answers)} rollouts right</h4>"
+                       f"{first}<details><summary>{len(others)} more</summary>{''.join(others)}</details>"
+                       "</section>")
     graph = f"<pre tabindex=0>{html.escape(data.draw_picture(problem))}</pre>" if problem.nodes else ""
-    *premises, asked = problem.question.split("\n")
-    return (f"<details><summary>{html.escape(asked)} ({problem.answer})</summary>"
-            f"<pre tabindex=0>{html.escape(problem.question)}</pre>{graph}"
+    asked = html.escape(problem.question.split("\n")[-1])
+    return (f"<details{' open' if opened else ''}><summary>{asked} (answer: {problem.answer})</summary>"
+            f"<pre class=question>{html.escape(problem.question)}</pre>{graph}"
             f"<div class=side>{''.join(columns)}</div></details>")
 
 
@@ -709,26 +733,32 @@ def html_accuracy(results, comparisons):
         rows[f"{run_of(result['path'])}, {run_of(split)}"] = both
     chart = html_figure("accuracy of each checkpoint with its 95% interval", draw_intervals, rows,
                         ("right", "process-verified"), height=1.2 + 0.5 * len(rows))
-    tests = "".join(f"<p>{html.escape(describe_test(c))}</p>" for c in comparisons)
-    return f"<h2>How often is it right?</h2>{chart}{html_table(table_rows(results))}{tests}"
+    found = {r["path"]: r["splits"] for r in results}
+    changes = [f"{c['split']}: {c['before']} {found[c['before']][c['split']]['accuracy']:.1%} right, "
+               f"{c['after']} {found[c['after']][c['split']]['accuracy']:.1%}; were both equally good, a "
+               f"difference like this would have a chance of {c['p']:.2g} (McNemar)" for c in comparisons]
+    items = "".join(f"<p>{html.escape(change)}</p>" for change in changes)
+    return f"<h2>How often is it right?</h2>{items}{chart}{html_table(table_rows(results))}"
 
 
 def html_behaviors(results, split):
-    """Behaviors in a rollout, and the kinds of first faults."""
+    """Behaviors in a rollout, and how often each kind of fault came first."""
     found = {r["path"]: r["splits"][split]["rollouts"].get("behaviors") for r in results}
     if None in found.values():
         return ""
     names = ("reflections", "analyses", "subgoals", "redundant")
-    kinds = ("order", "retrieval", "arithmetic", "format", "answer")
-    rows = [("per rollout", "sound steps", *names, "no fault", *(f"first fault: {kind}" for kind in kinds))]
-    for path, b in found.items():
-        n = sum(b["first_fault"].values()) / (1 - b["sound"]) if b["first_fault"] else 1
-        rows.append((path, *(f"{b[name]:.2f}" for name in ("steps", *names)), f"{b['sound']:.1%}",
-                     *(f"{b['first_fault'].get(kind, 0) / n:.1%}" for kind in kinds)))
+    columns = [("a rollout has", *found)]
+    for name in ("steps", *names):
+        columns.append((name, *(f"{b[name]:.2f}" for b in found.values())))
+    columns.append(("no fault", *(f"{b['sound']:.1%}" for b in found.values())))
+    for kind in sorted(set().union(*(b["first_fault"] for b in found.values()))):
+        columns.append((f"first fault: {kind}", *(
+            f"{b['first_fault'].get(kind, 0) / sum(b['first_fault'].values()) * (1 - b['sound']):.1%}"
+            if b["first_fault"] else "0.0%" for b in found.values())))
     bars = by_run((path, [b[name] for name in names]) for path, b in found.items())
     chart = html_figure("behaviors per rollout", draw_bars, bars, names)
-    return (f"<h2>What does it do, and where does it go wrong first?</h2>{chart}<p>Counted in rollouts, up to "
-            f"the first fault of each.</p>{html_table(rows)}")
+    return (f"<h2>What does it do, and where does it go wrong first?</h2>{chart}"
+            f"<p>Counted in rollouts, up to the first fault of each.</p>{html_table(columns)}")
 
 
 def html_rollouts(results):
@@ -747,10 +777,10 @@ def write_page(path, results, comparisons, splits):
     if logs:
         parts += ["<h2>How did it get there?</h2>", html_figure("reward against step", draw_curves, logs)]
     parts += [html_behaviors(results, first), html_rollouts(results), "<h2>Answers, side by side</h2>",
-              f"<p>{ANSWERS.replace('$n', str(min(SHOWN, len(splits[first]))))}</p>"]
+              f"<p>{ANSWERS}</p>"]
     for i, problem in enumerate(splits[first][:SHOWN]):
         texts = {r["path"]: r["splits"][first]["rollouts"]["shown"][i] for r in results}
-        parts.append(html_problem(problem, texts))
+        parts.append(html_problem(problem, texts, opened=i == 0))
     title = "What reinforcement learning changed: " + html.escape(", ".join(r["path"] for r in results))
     with data.replacing(path) as file:
         file.write(PAGE.substitute(title=title, body="\n".join(parts)))
@@ -773,7 +803,6 @@ def read_arguments():
     add("--seed", type=data.natural, default=0, help="of the fresh problems and the rollouts")
     add("--influence", action="store_true",
         help="from the rollouts (8 unless --samples): how much a step of GRPO would change (Proposition 3.1)")
-    add("--leave-one-out", action="store_true", help="influence on all problems but the step's own")
     add("--entropy", action="store_true",
         help="median entropy of the rollouts' tokens, perplexity of answers like those of the fine-tuning")
     add("--micro-tokens", type=data.positive_int, default=4096, help="of these two: tokens in a forward pass")
@@ -786,8 +815,7 @@ def read_arguments():
     add("--results", metavar="FILE.csv", help="put one row a checkpoint and split into this file")
     add("--report", metavar="FILE.csv", help="print such a file as a table over seeds and stop")
     args = parser.parse_args()
-    args.influence = args.influence or args.leave_one_out or bool(args.html)
-    args.entropy = args.entropy or bool(args.html)
+    args.influence, args.entropy = args.influence or bool(args.html), args.entropy or bool(args.html)
     if (args.influence or args.entropy) and not args.samples:
         args.samples = 8
     if args.influence and args.samples == 1:
@@ -847,12 +875,12 @@ def table_rows(results):
 def influence_rows(results):
     """The influence of each checkpoint and split, in all and by right rollouts, below a heading."""
     samples = len(next(iter(results[0]["splits"].values()))["influence"]["by_right"]) - 1
-    rows = [("checkpoint", "split", "influence", "signal", "co-influence",
+    rows = [("checkpoint", "split", "influence", "on others", "signal", "co-influence",
              *(f"{c}/{samples}" for c in range(samples + 1)))]
     for result in results:
         for split, scores in result["splits"].items():
             i = scores["influence"]
-            values = [i["mean"], i["signal"], i["co_influence"], *i["by_right"]]
+            values = [i["mean"], i["on_others"], i["signal"], i["co_influence"], *i["by_right"]]
             rows.append((result["path"], split, *("-" if x is None else f"{x:.3g}" for x in values)))
     return rows
 
@@ -897,8 +925,7 @@ def details(scores):
 
 def measure_all(args, splits):
     """--ckpt's checkpoints, one after the other: [{"path", "splits": {split: scores}}]."""
-    analyses = [name for name in ("influence", "leave-one-out", "entropy")
-                if getattr(args, name.replace("-", "_"))]
+    analyses = [name for name in ("influence", "entropy") if getattr(args, name)]
     results = []
     for name in [sample.default_checkpoint(name) for name in args.ckpt or [None]]:
         policy = sample.load_policy(name)

@@ -233,7 +233,9 @@ def test_table_and_json(script, tmp_path, tiny_file):
     (["--data", "empty.jsonl"], ["empty.jsonl"]), (["--plot", "x.png"], ["--samples"]),
     (["--ood", "9", "3"], ["--ops 9 3"]), (["--n", "0"], ["--n", "at least 1"]),
     (["--max-new-tokens", "5000"], ["--max-new-tokens", "2048"]), (["--sample", "3"], ["--sample"]),
-    (["--report", "empty.jsonl2"], ["empty.jsonl2"])])
+    (["--report", "empty.jsonl2"], ["empty.jsonl2"]),
+    (["--influence", "--samples", "1"], ["--samples", "influence"]),
+    (["--html", "no/x.html"], ["no/x.html"])])
 def test_bad_input_is_one_sentence(script, tmp_path, tiny_file, arguments, words):
     """Bug: a traceback for a missing, truncated or foreign checkpoint, an empty file, a prompt beyond the
     context."""
@@ -245,3 +247,38 @@ def test_bad_input_is_one_sentence(script, tmp_path, tiny_file, arguments, words
     last = result.stderr.strip().split("\n")[-1]
     assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
     assert all(word in last for word in words), result.stderr
+
+
+def test_report_as_a_figure(tmp_path, script, monkeypatch):
+    """Bugs: p 0 lost, or sorted as text; SFT's accuracy drawn for RL's; process-verified accuracy not drawn,
+    or drawn where nobody counted it."""
+    pytest.importorskip("matplotlib")
+    path, drawn = str(tmp_path / "results.csv"), []
+    made = {"vanilla": None, "subgoal": 0.0, "analysis": 0.3, "reflection": 0.3, "bridge": 0.3,
+            "bridge-p0.1": 0.1}
+    row = dict(task="igsm", split="id", ops="2-4", n=100)
+    rows = [row | dict(method=method, seed=seed, stage=stage, correct=40 + 10 * i + (stage == "rl"), p=p,
+                       process=None if method == "analysis" else 10 * i)
+            for i, (method, p) in enumerate(made.items()) for seed in (1, 2) for stage in ("sft", "rl")]
+    evaluation.write_results(path, rows)
+    plain = evaluation.draw_intervals
+    monkeypatch.setattr(evaluation, "draw_intervals", lambda *a: (drawn.append(a[1]), plain(*a)))
+    result = script("eval.py", "--report", path, "--plot", "x.svg")
+    assert result.returncode == 0 and (tmp_path / "x.svg").stat().st_size > 5000, result.stderr
+    methods, sweep = drawn
+    assert list(methods) == list(made) and list(sweep) == ["p = 0", "p = 0.1", "p = 0.3"]
+    assert methods["bridge"] == [(0.81, 0.81, 0.81), (0.4, 0.4, 0.4)] == sweep["p = 0.3"]
+    assert math.isnan(methods["analysis"][1][0])
+    assert "| subgoal | 2 | 50.0% [50.0%, 50.0%] | 51.0% [51.0%, 51.0%] | +1.0%" in result.stdout
+
+
+@pytest.mark.parametrize("made, method, p", [
+    (dict(), "bridge", 0.3), (dict(p=0.1), "bridge-p0.1", 0.1), (dict(behaviors=["subgoal"]), "subgoal", 0.0),
+    (dict(behaviors=["reflection"]), "reflection", 0.3), (dict(method="vanilla"), "vanilla", None),
+    (dict(data="runs/x-1.jsonl"), "x", None)])
+def test_rows_say_which_behaviors(tiny, made, method, p):
+    """Bug: cells of different answers under one name, so that one overwrites the other."""
+    usual = dict(stage="sft", method="bridge", behaviors=["subgoal", "analysis", "reflection"], p=0.3, seed=1)
+    policy = tiny()
+    policy.info = dict(stage="grpo", seed=1, base=usual | made)
+    assert (evaluation.origin(policy, "y.pt")[0], evaluation.injection_p(policy)) == (method, p)

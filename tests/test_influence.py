@@ -34,10 +34,11 @@ def log_prob(model, prompt, response, temperature=1.0):
 
 def per_rollout_gradients(policy, groups, temperature=1.0):
     """(Q, N, P): each rollout's own gradient."""
-    params = list(policy.model.parameters())
-    return torch.stack([torch.stack([
-        torch.cat([g.flatten() for g in torch.autograd.grad(log_prob(policy.model, *pair, temperature), params)])
-        for pair in group]) for group in groups])
+    def gradient(pair):
+        value = log_prob(policy.model, *pair, temperature)
+        parts = torch.autograd.grad(value, list(policy.model.parameters()))
+        return torch.cat([part.flatten() for part in parts])
+    return torch.stack([torch.stack([gradient(pair) for pair in group]) for group in groups])
 
 
 def by_pairs(gradients, rewards, leave_one_out=False, std=True, root=True, sign=1, advantages=None):
@@ -62,7 +63,8 @@ def error(delta, truth):
     return ((delta - truth).norm() / truth.norm()).item()
 
 
-REWARDS = [[1., 0., 0., 1.], [1., 1., 1., 1.], [0., 0., 1., 0.], [0., 0., 0., 0.], [1., 1., 0., 1.], [0., 1., 0., 0.]]
+REWARDS = [[1., 0., 0., 1.], [1., 1., 1., 1.], [0., 0., 1., 0.], [0., 0., 0., 0.], [1., 1., 0., 1.],
+           [0., 1., 0., 0.]]
 
 
 @pytest.fixture(scope="module")
@@ -185,24 +187,116 @@ def agree(predicted, gained, lr):
 
 
 def test_prediction_and_a_real_step():
-    """Bug: a formula that no step follows. 24 queries are trained on, 64 others are watched: each gains what
+    """Bug: a formula that no step follows. 16 queries are trained on, 64 others are watched: each gains what
     was predicted for it. Their influence on each other is had from two calls, since in the pool of both, G is
-    the mean of both parts' G. Shuffled rollouts fail. (Found: correlation 0.99999, slope 1.0002 lr; the
-    reward is one that is soon earned, since the statement holds for any: a first step in one of the wordings.)"""
+    the mean of both parts' G. Shuffled rollouts fail. (Found: correlation 0.99999, slope 1.0001 lr. The
+    statement holds for any reward; this one is soon earned: a first step in one of the wordings.)"""
     policy = sample.load_policy(sample.TINY_BASE)
-    problems = [p for p, _ in zip(data.generate(ops=(2, 4), max_value=100, split="val"), range(120))]
+    options = dict(ops=(2, 2), size=(2, 3), max_value=100, split="val")  # short prompts
+    problems = [p for p, _ in zip(data.generate(**options), range(120))]
     prompts = [sample.encode_prompt(policy.tokenizer, p.question) for p in problems]
     rolled = sample.generate(policy, prompts, 4, max_new_tokens=16)
     rewards = torch.tensor([[float(sample.decode(policy.tokenizer, r.tokens).startswith("\n- Let"))
                              for r in group] for group in rolled])
-    mixed = [q for q in range(120) if 0 < rewards[q].sum() < 4][:88]
+    mixed = [q for q in range(120) if 0 < rewards[q].sum() < 4][:80]
     rewards, groups = rewards[mixed], [[(prompts[q], r.tokens) for r in rolled[q]] for q in mixed]
-    trained, watched, lr = slice(0, 24), slice(24, 88), 1e-4
+    trained, watched, lr = slice(0, 16), slice(16, 80), 1e-4
     pool = evaluation.influence(policy, groups, rewards)[1][watched]
     among = evaluation.influence(policy, groups[watched], rewards[watched])[1]
-    predicted = (88 * pool - 64 * among) / 24
+    predicted = (80 * pool - 64 * among) / 16
     after = one_step(policy, groups[trained], rewards[trained], lr)
     change = log_probs(after, groups[watched]) - log_probs(policy, groups[watched])  # (64, 4)
     assert len(predicted) == 64 and agree(predicted, objective(change, rewards[watched]), lr)
     assert not agree(predicted, objective(change.roll(1, 1), rewards[watched]), lr)  # within each group
     assert not agree(predicted, objective(change.roll(1, 0), rewards[watched]), lr)  # of another query
+
+
+HOSTILE = "\n- Let <script>alert(1)</script> & \"x\" be the number of each.\n</think>\n<answer>\nno</answer>"
+
+
+class Page(HTMLParser):
+    """What a page refers to, and whether what it opens is closed."""
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.links, self.open, self.images = set(), [], [], 0
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        self.links += [value for name, value in attributes if name in ("src", "href")]
+        if tag in ("details", "section", "div", "ol", "table"):
+            self.open.append(tag)
+        if tag == "img":
+            assert dict(attributes)["alt"]
+
+    def handle_endtag(self, tag):
+        if tag in ("details", "section", "div", "ol", "table"):
+            assert self.open.pop() == tag
+
+
+def test_page(tiny, monkeypatch, tmp_path, script, tiny_file):
+    """Bugs: what a model said becomes part of the page; a picture that is fetched from elsewhere; the first
+    unsound line marked at another one; --json without what the page shows."""
+    pytest.importorskip("matplotlib")
+    problems = [p for p, _ in zip(data.generate(ops=(2, 4), max_value=100, split="test"), range(3))]
+    injected = inject.inject(problems[0], problems[0].response, p=1.0)  # every behavior
+    broken = problems[1].response.replace(" = ", " = 7 + ", 1)
+
+    def generate(policy, prompts, n=1, *arguments, **options):
+        texts = [[injected, HOSTILE], [broken, problems[1].response], [HOSTILE, HOSTILE]]
+        encode = lambda text: sample.encode_response(policy.tokenizer, text)
+        return [[SimpleNamespace(tokens=encode(t), logprobs=[], stop="eos") for t in group[:n]]
+                for group in texts]
+    monkeypatch.setattr(sample, "generate", generate)
+    data.write_records(tmp_path / "<b>.jsonl", [data.to_record(p) for p in problems])
+    (tmp_path / "policy.csv").write_text("step,reward,val_accuracy\n1,0.5,\n2,0.6,0.7\n")
+    (tmp_path / "policy.pt").write_bytes(tiny_file.read_bytes())
+    result = script("eval.py", "--ckpt", "policy.pt", tiny_file, "--data", "<b>.jsonl", "--samples", 2,
+                    "--html", "x.html", "--json", "x.json", "--plot", "x.png")
+    assert result.returncode == 0, result.stderr
+    rows = [line.split() for line in result.stdout.split("on others")[1].split("\n")[1:3]]
+    assert [row[0] for row in rows] == ["policy.pt", str(tiny_file)]  # side by side
+    text = (tmp_path / "x.html").read_text()
+    page = Page(text)
+    assert not page.open and "script" not in page.tags and "b" in page.tags
+    assert "&lt;script&gt;" in text and "&lt;b&gt;.jsonl" in text and "<b>.jsonl" not in text
+    assert len(page.links) == 5 and all(link.startswith("data:image/svg+xml;base64,") for link in page.links)
+    assert not re.search("https?://", re.sub('src="[^"]*"', "", text))
+    shown = [data.line_kind(line) for line in injected.split("\n")]
+    assert {"reflection", "analysis"} < set(shown)
+    assert all(text.count(f"<b>{kind}</b>") == 2 * shown.count(kind) for kind in set(shown) - {""})
+    for number in (1, 2):  # of each problem, by both policies, which say the same
+        assert text.count(f"<p>Rollout {number}: ") == 6
+    fault = data.check_trace(problems[1], broken).error
+    assert f"first fault ({fault.kind})" in re.search(r'<li class="[a-z ]*fault">.*?7 \+ .*?</li>', text)[0]
+    split = json.load(open(tmp_path / "x.json"))["checkpoints"][0]["splits"]["<b>.jsonl"]
+    assert split["influence"]["alpha"] == [0.5, 1.0, 0.0] and split["influence"]["delta"][1:] == [0, 0]
+    assert split["influence"]["by_right"] == [0, split["influence"]["delta"][0], 0]
+    assert split["entropy"] > 0 and split["perplexity"] > 1 and split["rollouts"]["shown"][2] == [
+        HOSTILE, HOSTILE]
+
+
+def test_entropy_and_perplexity(tiny):
+    """Bugs: a mean in place of the median; prompts counted in; the perplexity of plain answers for a policy
+    that was fine-tuned on others; one that a file's answers were called by --method's default."""
+    policy = tiny()
+    problems = [p for p, _ in zip(data.generate(ops=(2, 3), max_value=100, split="test"), range(3))]
+    policy.info = {"stage": "grpo", "base": {"stage": "sft", "method": "bridge", "p": 0.5, "data": None,
+                                             "behaviors": ["subgoal", "analysis"]}}
+    prompt, response = sample.encode_prompt(policy.tokenizer, problems[0].question), [5, 6, 7, 8, 9]
+    found = evaluation.measure_entropy(policy, problems, [(prompt, response)], seed=3, micro_tokens=200)
+    with torch.no_grad():
+        logits = policy.model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1:-1]
+    assert found["entropy"] == pytest.approx(torch.distributions.Categorical(logits=logits).entropy()
+                                             .median().item(), rel=1e-5)
+    assert found["answers"] == "subgoal+analysis-p0.5"
+    total = tokens = 0
+    for p in problems:
+        (question, answer), = inject.augment(p, "bridge", ["subgoal", "analysis"], 0.5, seed=3)
+        ids = sample.encode_response(policy.tokenizer, answer)
+        with torch.no_grad():
+            total += log_prob(policy.model, sample.encode_prompt(policy.tokenizer, question), ids).item()
+        tokens += len(ids)
+    assert found["perplexity"] == pytest.approx(math.exp(-total / tokens), rel=1e-5)
+    policy.info["base"]["data"] = "runs/mine-1.jsonl"
+    assert evaluation.sft_answers(policy, problems, 3)[1][0] == (problems[0].question, problems[0].response)
