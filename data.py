@@ -38,15 +38,20 @@ Where we depart from the released generator and the paper:
 4. PromptBench names are random (in DyVal their order gives the solution away), and "subtracting B from A" is
    A - B.
 """
-import argparse, hashlib, json, math, os, re, sys, tempfile, time
+import argparse, hashlib, io, json, math, multiprocessing, os, re, signal, sys, tempfile, threading, time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import count, islice, product
 from random import Random
 from typing import NamedTuple
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 # ------------------------------------------------------------------------------------ 1. A problem is a graph
 SYMBOLS = ("+", "-", "*", "(", ")")
@@ -170,8 +175,8 @@ def draw_structure(rng, size):
     edges, spare = [], []
     for lower, upper in zip(layers, layers[1:]):
         items, owners = rng.sample(lower, len(lower)), rng.sample(upper, len(upper))
-        both = range(max(len(owners), len(items)))  # dealt like cards: the shorter row starts over
-        dealt = [(owners[i % len(owners)], items[i % len(items)]) for i in both]
+        turns = range(max(len(owners), len(items)))  # dealt like cards: the shorter row starts over
+        dealt = [(owners[i % len(owners)], items[i % len(items)]) for i in turns]
         edges += dealt
         spare += [(owner, item) for owner in upper for item in lower if (owner, item) not in dealt]
     edges += rng.sample(spare, max(0, min(size - len(edges), len(spare))))
@@ -294,8 +299,7 @@ def order_needed(rng, waiting, implied, ops, spent):
 def raise_degrees(rng, order, parents, spent, ops):
     """Stage 4 -> what `draw_needed` returns, with exactly `ops` operations.
 
-    No in-degree exceeds 4. A node with in-degree 1 takes a second edge at no cost; every further one costs an
-    operation."""
+    No in-degree exceeds 4. A node's second edge costs nothing, every further one an operation."""
     constant = {q: not parents[q] for q in parents}
     place = {q: i for i, q in enumerate(order)}
     growing = [q for q in parents if place[q] > 0]
@@ -709,14 +713,14 @@ def finish(problem, order, rng, tidy=False):
 LARGEST = 10**100  # no quantity may reach this: a hostile question that squares and squares would never end
 MOST_NODES = 400    # implied ones included: recursion over them stays far from Python's limit of 1,000 calls
 MOST_PARENTS = 100  # of one node; our own problems have at most 217 nodes, and 8 parents of one
+LONGEST = 200_000   # bytes of a record; our own have at most 20,000
 
 
 def read_question(question, categories=None):
     """The problem's DAG from its text alone (Algorithm 1, line 1): a Problem without `response`.
 
     categories: {category: [items]}, lowest layer first; None: found among our own names. Raises ValueError
-    naming the line where the text breaks the grammar, contradicts itself, leaves a quantity undefined or is
-    too large."""
+    naming the line where the text breaks the grammar, contradicts itself, defines too little or too much."""
     *premises, asked = question.strip("\n").split("\n")
     last = f"line {len(premises) + 1}"
     name = next((name for name, task in TASKS.items() if task.read_asked(asked)), "igsm")
@@ -846,8 +850,7 @@ def operations(tokens):
 def check_equation(node, equation, letters, values, task, subgoal):
     """The equation of a step on `node` -> (its value, whether it computes subgoals). Raises Mistake.
 
-    letters, values: name -> letter, name -> value of what is known; subgoal: it must carry out one operation
-    per "="."""
+    letters, values: name -> letter, name -> value of what is known; subgoal: each "=" must do one step."""
     sides = [read_side(side) for side in equation.split(" = ")]
     if None in sides or len(sides) < 2 or len(sides[-1]) > 1 or not isinstance(sides[-1][0], int):
         raise Mistake("format", "the equation cannot be read")
@@ -1004,12 +1007,20 @@ def draw_chunk(task, seed, split, options, start):
     return results
 
 
+def follow_parent():
+    """A worker ends with its parent, whatever ended that. Ctrl-C is the parent's to answer."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    end = lambda: (multiprocessing.parent_process().join(), os._exit(1))
+    threading.Thread(target=end, daemon=True).start()
+
+
 def draw_chunks(draw, workers):
     """draw(0), draw(64), draw(128) ... without end, in this order, made by `workers` processes."""
     starts = count(0, CHUNK)
     if workers == 1:
         yield from map(draw, starts)
-    with ProcessPoolExecutor(workers) as pool:
+    with ProcessPoolExecutor(workers, initializer=follow_parent) as pool:
         while True:  # in rounds, since `map` starts on all that it is given
             yield from pool.map(draw, islice(starts, 16 * workers))
 
@@ -1055,17 +1066,29 @@ class InputError(ValueError):
 
 
 def run_cli(main):
-    """Run a script's main(): bad input ends in one line on stderr and exit code 2, never in a traceback."""
+    """Run a script's main(): what goes wrong outside the code - bad input, a full disk - ends in one line on
+    stderr and exit code 2, never in a traceback. SIGTERM is taken as Ctrl-C; the outputs are given up."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w")  # None: it was closed before we began
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # it may know ASCII alone
+        setattr(sys, name, stream)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `python data.py | head` is not an error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130)
-    except BrokenPipeError:  # `python data.py | head` is not an error
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (InputError, OSError, UnicodeError) as error:
+        where = f"{error.filename}: " if getattr(error, "filename", None) else ""
+        print(f"error: {where}{getattr(error, 'strerror', None) or error}", file=sys.stderr)
+        raise SystemExit(2)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        release()
 
 
 class Parser(argparse.ArgumentParser):
@@ -1076,6 +1099,13 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise InputError(message.removeprefix("argument "))
+
+    def parse_args(self, *arguments):
+        args = super().parse_args(*arguments)
+        for name, value in vars(args).items():
+            if "" in (value if isinstance(value, list) else [value]):  # an unset variable in a shell script
+                raise InputError(f"--{name.replace('_', '-')} '': leave it out, or give it a value")
+        return args
 
 
 def number(kind, low, high, words):
@@ -1097,7 +1127,7 @@ positive = number(float, 5e-324, math.inf, "a number above 0")
 not_negative = number(float, 0, math.inf, "a number of at least 0")
 share = number(float, 0, 1, "a number from 0 to 1")
 
-# What the embedded tiny model is trained on (README, "The default"), and the operations of its OOD test.
+# What the embedded tiny model is trained on, and the operations of its out-of-distribution (OOD) test.
 TINY, TINY_OOD = dict(ops=(2, 4), max_value=100), (5, 6)
 RANGES = {"ops": (1, 30), "size": (2, 30), "depth": (1, 7), "redundancy": (0, 30), "names": (1, len(NAMES)),
           "max_answer": (1, math.inf), "max_value": (1, math.inf)}  # what may be asked for
@@ -1145,6 +1175,79 @@ def problem_options(args):
     return {"task": args.task} | options
 
 
+OURS = ".bridge-"  # in the name of what we leave beside a file for a while: others' temporaries are not ours
+CLAIMED = []       # the lock files of this run's outputs; the system unlocks them when the process dies
+
+
+def claim(outputs, inputs=()):
+    """Before anything is computed: make sure of all outputs. They can be written, are no input and no other
+    output, take no foreign file's place, and no other run writes them until `release`.
+
+    outputs: [(flag, path or None, how a file there may begin: a tuple of bytes; None: it is a new folder)];
+    inputs: [(what it is, path or None)]. Raises InputError."""
+    taken = {place(path): what for what, path in inputs if path}
+    for flag, path, starts in outputs:
+        if not path:
+            continue
+        if place(path) in taken:
+            raise InputError(f"{flag} {path}: is {taken[place(path)]} as well; name another one")
+        taken[place(path)] = f"{flag} {path}"
+        folder, name = os.path.split(os.path.abspath(path))
+        try:
+            if os.path.exists(path) and not is_ours(path, starts):
+                raise InputError(f"{flag} {path}: exists already and is not what this run writes; "
+                                 f"name a new {'file' if starts else 'folder'}")
+            with tempfile.NamedTemporaryFile(dir=folder, prefix=name + OURS, suffix=".tmp"):
+                pass
+            lock(os.path.join(folder, f".{name}{OURS}lock"))
+        except BlockingIOError:
+            raise InputError(f"{flag} {path}: another run is writing it; name another one or wait") from None
+        except OSError as error:
+            raise InputError(f"{flag} {path}: cannot be written: {error.strerror or error}") from None
+
+
+def place(path):
+    """The same for all names of one file or folder: its inode, or where it will be made."""
+    with suppress(OSError):
+        found = os.stat(path)
+        return found.st_dev, found.st_ino
+    return os.path.realpath(path)
+
+
+def is_ours(path, starts):
+    """Whether what is there is an empty folder (starts None), or a file that is empty or begins like this."""
+    if starts is None:
+        return os.path.isdir(path) and not os.listdir(path)
+    if not os.path.isfile(path):
+        return False
+    with open(path, "rb") as file:
+        start = file.read(64)
+    return not start or start.startswith(starts)
+
+
+def lock(path):
+    """Hold the lock file `path` until `release`. Raises BlockingIOError where another process does."""
+    while fcntl and all(file.name != path for file in CLAIMED):
+        file = open(path, "a")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise
+        except OSError:  # a file system without locks
+            pass
+        if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(file.fileno())):
+            return CLAIMED.append(file)
+        file.close()  # its last holder has just removed it: once more, with a new one
+
+
+def release():
+    """Give all claimed outputs up."""
+    while CLAIMED:
+        with suppress(OSError), CLAIMED.pop() as file:
+            os.remove(file.name)
+
+
 @contextmanager
 def replacing(path, mode="w"):
     """A temporary file beside `path` that takes its place when the block ends without an error: a crash, a
@@ -1154,7 +1257,7 @@ def replacing(path, mode="w"):
     folder, name = os.path.split(path)
     temporary = None
     try:
-        handle, temporary = tempfile.mkstemp(dir=folder or ".", prefix=name, suffix=".tmp")
+        handle, temporary = tempfile.mkstemp(dir=folder or ".", prefix=name + OURS, suffix=".tmp")
         with os.fdopen(handle, mode, **text) as file:
             yield file
             file.flush()
@@ -1162,8 +1265,11 @@ def replacing(path, mode="w"):
         os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read
         os.replace(temporary, path)
         temporary = None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror or error}") from None
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # PyTorch's own words hide it
+        if not isinstance(cause, OSError):
+            raise
+        raise InputError(f"{path}: cannot be written: {cause.strerror or cause}") from None
     finally:
         if temporary:
             os.remove(temporary)
@@ -1179,6 +1285,9 @@ def from_record(record, graph=False):
     """A dict -> Problem; graph: read the question back into its DAG, too. Raises ValueError that says why."""
     if not isinstance(record, dict):
         raise ValueError("not a JSON object")
+    text = json.dumps(record, ensure_ascii=False)
+    if len(text.encode()) > LONGEST:  # half a surrogate pair, which JSON can write, is a UnicodeEncodeError
+        raise ValueError(f"a record of over {LONGEST:,} bytes")
     task = record.get("task", "igsm")
     if task not in list(TASKS):
         raise ValueError(f"the field 'task' must be {' or '.join(TASKS)}")
@@ -1310,6 +1419,7 @@ def main():
     add("--workers", type=positive_int, default=1, help="processes; the output does not depend on it")
     add("--out", help="JSONL file to write; without it problems are printed")
     args = parser.parse_args()
+    claim([("--out", args.out, (b"{",))])
     summary = Summary()
     stream = generate(seed=args.seed, split=args.split, workers=args.workers, rejected=summary.rejected,
                       **problem_options(args))

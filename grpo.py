@@ -11,7 +11,7 @@ the weights, but the rollout's probability has. That is the *policy gradient*: r
 tokens in proportion to its *advantage*, its reward against the mean of its *group*, the N rollouts of the
 same problem (to be right where all are right is no merit). One step takes Q problems and lowers
 
-    A_i = (r_i - mean(r)) / (std(r) + eps)                              over the N rollouts of one problem
+    A_i = (r_i - mean(r)) / (std(r) + 1e-6)                             over the N rollouts of one problem
     ratio_t = pi(o_t) / pi_old(o_t)
     loss = - mean over rollouts of mean over tokens of [min(ratio A, clip(ratio, 1-eps, 1+eps) A) - beta KL_t]
 
@@ -205,8 +205,7 @@ def prompt_once(model, batch):
     once, with gradients, and seen by all of its rollouts: P + N R tokens a group in place of N (P + R).
 
     The model reads one sequence, all prompts and then all rollouts end to end, so that no product works on
-    padding; only attention lays them out as (Q, P) and (B, T). `layout` travels through the Hugging Face
-    layers to it."""
+    padding; only attention, to which Hugging Face hands `layout` on, lays them out as (Q, P) and (B, T)."""
     if model.config._attn_implementation != SHARED:
         model.set_attn_implementation(SHARED)
     (Q, P), (B, T), device = batch.prompts.shape, batch.inputs.shape, batch.inputs.device
@@ -262,19 +261,18 @@ def row_by_row(model, batch):
 
 def pack(examples, tokens):
     """Row numbers in micro-batches of at most `tokens` when padded (one row at least), a prompt counting
-    once. The rows of a prompt stay together where they fit, and prompts with responses of similar length:
-    little padding."""
+    once. To pad little, a prompt's rows stay together, and prompts with responses of similar length."""
+    prompts, lengths = [tuple(prompt) for prompt, _ in examples], [len(response) for _, response in examples]
     longest = {}
-    for prompt, response in examples:
-        longest[tuple(prompt)] = max(len(response), longest.get(tuple(prompt), 0))
-
-    def order(row):
-        prompt, response = examples[row]
-        return longest[tuple(prompt)], prompt, len(response)
+    for prompt, length in zip(prompts, lengths):
+        longest[prompt] = max(length, longest.get(prompt, 0))
 
     def size(rows):
-        prompts = {tuple(examples[row][0]) for row in rows}
-        return len(prompts) * max(map(len, prompts)) + len(rows) * max(len(examples[row][1]) for row in rows)
+        unique = {prompts[row] for row in rows}
+        return len(unique) * max(map(len, unique)) + len(rows) * max(lengths[row] for row in rows)
+
+    def order(row):
+        return longest[prompts[row]], prompts[row], lengths[row]
 
     batches = []
     for row in sorted(range(len(examples)), key=order):
@@ -284,24 +282,17 @@ def pack(examples, tokens):
     return batches
 
 
-def padded(rows, fill):
-    """Lists of numbers -> a tensor (rows, longest), filled up on the right."""
-    out = torch.full((len(rows), max(map(len, rows))), fill)
-    for row, numbers in zip(out, rows):
-        row[:len(numbers)] = torch.tensor(numbers)
-    return out
-
-
 def make_batch(examples, logprobs, advantages, device):
     """B rows, (prompt tokens, response tokens) and the sampler's log-probs of each, as a Batch."""
     prompts, responses = zip(*examples)
     unique = list(dict.fromkeys(map(tuple, prompts)))
     tensors = dict(
-        prompts=padded([prompt[:-1] for prompt in unique], 0),
+        prompts=sample.padded([prompt[:-1] for prompt in unique], 0),
         lengths=torch.tensor([len(prompt) - 1 for prompt in unique]),
         owner=torch.tensor([unique.index(tuple(prompt)) for prompt in prompts]),
-        inputs=padded([[prompt[-1], *response[:-1]] for prompt, response in examples], 0),
-        targets=padded(responses, sample.IGNORE), sampled=padded(logprobs, 0.0), advantages=advantages)
+        inputs=sample.padded([[prompt[-1], *response[:-1]] for prompt, response in examples], 0),
+        targets=sample.padded(responses, sample.IGNORE), sampled=sample.padded(logprobs, 0.0),
+        advantages=advantages)
     tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
     kept = torch.ones(len(examples), dtype=torch.bool, device=device)
     return Batch(**tensors, mask=tensors["targets"] != sample.IGNORE, kept=kept)
@@ -410,9 +401,8 @@ def problem_source(args, options):
 
 def select(policy, problems, args, limit, wanted):
     """The paper's rejection sampling: numbers of the problems that the policy answers rightly in LO ... HI of
-    8 rollouts, before the first step, so it is still the SFT policy. It costs 8 rollouts for each problem of
-    --data, or of as many fresh ones as it takes to find `wanted`: where half are kept, 16 rollouts a problem
-    to come."""
+    8 rollouts, before the first step, so it is still the SFT policy. Tried are all problems of --data, or as
+    many fresh ones as it takes to find `wanted`."""
     (low, high), chosen, tried, start = args.filter, [], 0, time.time()
     bar = tqdm(desc="filter", unit="problem")
     while args.data or len(chosen) < wanted:
@@ -462,12 +452,12 @@ def take_step(policy, reference, optimizer, problems, step, limit, args):
         left = (args.steps - step + 1) / (args.lr_decay * args.steps)
         optimizer.adam.param_groups[0]["lr"] = args.lr * min(1.0, left)
     row = train_step(policy, reference, optimizer, rollouts, args)
-    solved = rollouts.right.mean(dim=1)  # (Q,): share of right answers in a group
+    alpha = rollouts.right.mean(dim=1)  # (Q,): share of right answers in a group
     tokens = sum(len(response) for _, response in rollouts.examples)
     row.update(step=step, s_sample=s_sample, tokens_per_s=tokens / (time.time() - start),
                reward=rollouts.rewards.mean().item(), accuracy=rollouts.right.mean().item(),
-               all_wrong=(solved == 0).float().mean().item(), all_right=(solved == 1).float().mean().item(),
-               mixed=((solved > 0) & (solved < 1)).float().mean().item(),
+               all_wrong=(alpha == 0).float().mean().item(), all_right=(alpha == 1).float().mean().item(),
+               mixed=((alpha > 0) & (alpha < 1)).float().mean().item(),
                mean_tokens=tokens / len(rollouts.stops),
                cut_rate=rollouts.stops.count("length") / len(rollouts.stops))
     return rollouts, row
@@ -498,7 +488,7 @@ def watch(row, args, examples, checked):
                                   "learned")
         tqdm.write(f"first mixed groups at step {step}: gradient norm {row['grad_norm']:.3g}, sampler and "
                    f"trainer agree to {row['drift_mean']:.1e} nats a token; a loss near 0 "
-                   f"({row['loss']:.1e}) is expected, see the notes above")
+                   f"({row['loss']:.1e}) is expected, see the top of grpo.py")
         return True
     return checked
 
@@ -736,8 +726,10 @@ def main():
     source, held_out = problem_source(args, options)
     if args.hand_over:
         return hand_over(policy, list(itertools.islice(source(), args.steps * args.prompts)), args)
-    prompts = [problem.question for problem in [*itertools.islice(source(), 64), *held_out]]
-    longest = max(len(sample.encode_prompt(policy.tokenizer, prompt)) for prompt in prompts)
+    some = itertools.islice(source(), None if args.data else 64)  # fresh problems have no end
+    prompts = [sample.encode_prompt(policy.tokenizer, problem.question) for problem in [*some, *held_out]]
+    sample.check_request(policy, prompts, args.n, args.max_new_tokens)
+    longest = max(map(len, prompts))
     limit = run.state.get("limit") or sampler_rows(policy, args, longest)
     announce(policy, args, options, longest, limit)
     # --lr-decay and --filter look ahead to the last step; without them a run may be made longer

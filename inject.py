@@ -18,7 +18,8 @@ therefore edits the answers that a model is fine-tuned on beforehand - same ques
     reflection  exploration    start on a *locked* node (a parent is unsolved), say what is missing, go back
 
 All three are defined on the problem's graph: an answer is a list of steps, each on one node, and a behavior
-edits that list. How a step is worded is data.py's business; nothing here knows it.
+edits that list. How a step is worded is data.py's business; nothing here knows it. Twenty minutes to read; at
+first skip what `official` switches on.
 
 Two baselines edit the same data without adding behaviors: PP-Aug shuffles the premises of the question and
 RC-Aug walks the graph in another order; both make `--copies` examples of each, the original included.
@@ -34,6 +35,7 @@ from random import Random
 
 import data
 
+# ------------------------------------------------------------------------------------------- 1. The behaviors
 BEHAVIORS = ("subgoal", "analysis", "reflection")
 OFFICIAL_ANALYSIS = (0, 0.1, 0.4, 0.8, 1)  # the released code's probability for in-degree 0, 1, 2, 3, 4
 
@@ -102,6 +104,7 @@ def take_detour(problem, step, solved, letters, rng, official=False):
     return reflect(problem, node, letter, solved, rng)
 
 
+# -------------------------------------------------- 2. Two baselines, and the examples that each method makes
 def shuffle_premises(problem, rng):
     """PP-Aug: the same question with its premises in another order."""
     *premises, asked = problem.question.split("\n")
@@ -143,6 +146,7 @@ def augment(problem, method, behaviors=BEHAVIORS, p=0.1, copies=4, seed=0, offic
     return examples
 
 
+# ----------------------------------------------------------------------- 3. Showing, writing, and the command
 def mark(before, after):
     """The injected answer with what was added to the plain one set between [ ].
 
@@ -211,6 +215,7 @@ def main():
         return
     if not args.out:
         raise data.InputError("--out is missing: name the JSONL file to write")
+    data.claim([("--out", args.out, (b"{",))], [("the file to read", args.file)])
     problems = data.read_problems(args.file, graph=True)
     counts = {"examples": 0, "steps": 0, "reflections": 0, "analyses": 0, "subgoals": 0}
     data.write_records(args.out, make_records(problems, args.file, args.method, options, counts))

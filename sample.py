@@ -22,7 +22,6 @@ import itertools
 import json
 import math
 import os
-import pickle
 import sys
 import time
 import zipfile
@@ -33,6 +32,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig,
                           LlamaForCausalLM, PreTrainedTokenizerFast)
@@ -41,9 +41,7 @@ import data
 from data import InputError
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 1. The policy and its checkpoint
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------- 1. The policy and its checkpoint
 FORMAT, VERSION = "bridge-policy", 1
 TINY_BASE = Path(__file__).parent / "results" / "tiny" / "base.pt"
 
@@ -59,8 +57,7 @@ class Policy:
 
     @property
     def eos_ids(self):
-        """Every token id that ends a response: the tokenizer's, and those of the model's generation
-        config."""
+        """Every token id that ends a response: the tokenizer's and the generation config's."""
         ids = getattr(self.model.generation_config, "eos_token_id", None)
         ids = ids if isinstance(ids, (list, tuple)) else [ids]
         return {i for i in [self.tokenizer.eos_token_id, *ids] if i is not None}
@@ -87,16 +84,48 @@ def load_policy(path_or_name, device=None, dtype=None):
         try:
             # AutoTokenizer would rebuild some tokenizers from the model type, and lose a custom vocabulary
             tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            reason = str(error).strip().split("\n")[0]
+            model, found = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+        except Exception as error:  # whatever a damaged folder makes Hugging Face raise
             raise InputError(f"{path}: not a .pt file, and Hugging Face cannot load it as a folder or a name "
-                             f"({reason})") from None
+                             f"({one_line(error)})") from None
         info = {"source": path}
+        if wrong := [*found["missing_keys"], *found["unexpected_keys"]]:
+            raise InputError(f"{path}: its weights do not fit its config (first: {min(wrong)})")
+    check_tensors(path, model.state_dict().values())
     if tokenizer.eos_token_id is None:
         raise InputError(f"{path}: its tokenizer has no end token, so a response could never end; "
                          "use a tokenizer with one")
+    if max(tokenizer.get_vocab().values()) >= model.get_input_embeddings().num_embeddings:
+        raise InputError(f"{path}: its tokenizer knows more tokens than its model; use the two that belong "
+                         "together")
     return Policy(model.to(device).eval(), tokenizer, device, info)
+
+
+def one_line(error):
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def check_tensors(path, tensors, like=None):
+    """Refuse values that are not finite, or shapes other than those of `like`."""
+    tensors = list(tensors)
+    if like is not None and [t.shape for t in tensors] != [t.shape for t in like]:
+        raise InputError(f"{path}: its tensors have other shapes than the model's")
+    if not all(t.isfinite().all() for t in tensors):
+        raise InputError(f"{path}: some of its numbers are not finite; take or make another one")
+
+
+def read_pt(path, advice):
+    """The dict in a .pt file, once the archive's own checksums have shown that no bit of it has changed
+    (torch.load does not look at them). With weights_only, loading can never run code. Raises InputError."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip() is None:
+                content = torch.load(path, map_location="cpu", weights_only=True)
+                if isinstance(content, dict):
+                    return content
+    except Exception:  # whatever damaged bytes make zipfile or PyTorch raise
+        pass
+    raise InputError(f"{path}: damaged or cut short, or not a PyTorch file; {advice}")
 
 
 def save_policy(path, policy, info=None, dtype=None):
@@ -111,6 +140,7 @@ def save_policy(path, policy, info=None, dtype=None):
         stored.add(tensor.data_ptr())
         kept = dtype if dtype and tensor.is_floating_point() else tensor.dtype
         weights[name] = tensor.detach().to("cpu", kept).contiguous()
+    check_tensors(path, weights.values())
     tokenizer = policy.tokenizer
     special = {k: str(v) for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
     content = {
@@ -128,22 +158,20 @@ def save_policy(path, policy, info=None, dtype=None):
 
 
 def _read_checkpoint(path, dtype):
-    """model, tokenizer, info from one of our .pt files. With weights_only, loading can never run code."""
+    """model, tokenizer, info from one of our .pt files."""
     if not os.path.isfile(path):
         raise InputError(f"{path}: no such file; make it first (sft.py writes sft.pt, grpo.py grpo.pt) "
                          "or name another")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError,
-            zipfile.BadZipFile):
-        raise InputError(f"{path}: truncated, or not a PyTorch file; write it again") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    content = read_pt(path, "write it again")
+    if content.get("format") != FORMAT:
         raise InputError(f"{path}: a PyTorch file, but not a policy of this project; "
                          "name a file that sft.py or grpo.py wrote")
-    if content["version"] != VERSION:
-        raise InputError(f"{path}: checkpoint format {content['version']}, this code reads {VERSION}; "
+    if content.get("version") != VERSION:
+        raise InputError(f"{path}: checkpoint format {content.get('version')}, this code reads {VERSION}; "
                          "write it again")
     try:
+        if not all(tensor.is_floating_point() for tensor in content["weights"].values()):
+            raise ValueError("a weight is no floating-point number")
         config = AutoConfig.for_model(**content["config"])
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         result = model.load_state_dict(content["weights"], strict=False)
@@ -152,10 +180,10 @@ def _read_checkpoint(path, dtype):
         raw = Tokenizer.from_str(parts["json"])
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, **parts["special"])
         tokenizer.chat_template = parts["chat_template"]
-        model.generation_config.eos_token_id = content["eos_ids"]
+        model.generation_config.eos_token_id, info = [*map(int, content["eos_ids"])], dict(content["info"])
     except Exception as error:  # whatever a damaged dict makes Hugging Face raise
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path}: its contents do not make a model ({reason}); write it again") from None
+        raise InputError(f"{path}: its contents do not make a model ({one_line(error)}); "
+                         "write it again") from None
     state = model.state_dict()
     loaded = {tensor.data_ptr() for name, tensor in state.items() if name in content["weights"]}
     # a tied head is not missing
@@ -163,7 +191,7 @@ def _read_checkpoint(path, dtype):
     if missing or result.unexpected_keys:
         first = (missing + result.unexpected_keys)[0]
         raise InputError(f"{path}: weights do not fit the config (first: {first}); write it again")
-    return model, tokenizer, content["info"]
+    return model, tokenizer, info
 
 
 def export_policy(policy, folder):
@@ -181,7 +209,10 @@ def export_policy(policy, folder):
     model.config.save_pretrained(folder)                               # AutoTokenizer looks at the model type
     if model.config.model_type == "qwen2" and not _same_ids(policy, folder):
         model = as_llama(model)
-    model.save_pretrained(folder)
+    try:
+        model.save_pretrained(folder)
+    except SafetensorError as error:  # a full disk
+        raise InputError(f"{folder}: cannot be written ({one_line(error)})") from None
     # transformers 4.57 knows rope_theta and rope_scaling, not rope_parameters, and would take theta 10,000
     rope = dict(getattr(model.config, "rope_parameters", None) or {})
     theta = rope.pop("rope_theta", None)
@@ -252,7 +283,7 @@ def _same_logits(policy, folder):
 
 def default_checkpoint(name=None):
     """The checkpoint to use: `name` if given, else sft.pt, else the tiny base (a line on stderr says so)."""
-    if name:
+    if name is not None:
         if str(name).endswith(".pt") and not os.path.isfile(name):
             raise InputError(f"{name}: no such file (--ckpt); run sft.py first or name another checkpoint")
         return str(name)
@@ -274,9 +305,7 @@ def describe(policy):
             f"log-prob kernel: {_pick_backend('auto', first)}; sampler: {step}")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 2. The prompt: the only place where text becomes tokens and tokens text
-# ------------------------------------------------------------------------------------------------------------
+# ------------------------------------ 2. The prompt: the only place where text becomes tokens and tokens text
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 SYSTEM_PROMPT = ("Solve the user's problem. First reason step by step inside <think> and </think>, "
                  "then give the result inside <answer> and </answer> as \\boxed{integer}.")
@@ -288,7 +317,10 @@ def prompt_text(tokenizer, question):
         return f"{tokenizer.bos_token or ''}{SYSTEM_PROMPT}\n\n{question}\n<think>"
     messages = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": question}]
     # the template writes its own BOS where it wants one; those of "thinking" models write <think> themselves
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template is a program, and some refuse a system message
+        raise InputError(f"the tokenizer's chat template fails ({one_line(error)})") from None
     return (text.rstrip().removesuffix("<think>") if text.rstrip().endswith("<think>") else text) + "<think>"
 
 
@@ -319,9 +351,15 @@ def decode(tokenizer, tokens):
     return tokenizer.decode([t for t in tokens if t not in hidden], clean_up_tokenization_spaces=False)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 3. The sampler
-#
+def padded(rows, fill):
+    """Lists of numbers -> a tensor (rows, longest), filled up on the right."""
+    out = torch.full((len(rows), max(map(len, rows))), fill)
+    for row, numbers in zip(out, rows):
+        row[:len(numbers)] = torch.tensor(numbers)
+    return out
+
+
+# --------------------------------------------------------------------------------------------- 3. The sampler
 # To draw the next token, attention needs the keys and values of all tokens before it. They never change, so
 # they are computed once and kept: the *KV cache*. *Prefill* runs a whole prompt through the model at once and
 # fills the cache. A *decode step* feeds each response its last token alone, adds that token's keys and values
@@ -332,14 +370,12 @@ def decode(tokenizer, tokens):
 # A *row* is one response on its way, a *group* the n rows of one prompt. The prompt's keys and values (all
 # but its last token's) are cached once and read by the whole group; what follows is the row's own. A *slot*
 # is the place of one prompt, or of one row, in its cache. A row leaves when it has ended.
-# ------------------------------------------------------------------------------------------------------------
 @dataclass(slots=True)
 class Rollout:
     """One sampled response: token ids (end token included), their log-probs in nats, and why it stopped.
 
     stop: "eos" the end token came; "closed" </answer> was closed and no end token followed; "length"
-    max_new_tokens was reached.
-    """
+    max_new_tokens was reached."""
     tokens: list
     logprobs: list
     stop: str = ""
@@ -380,8 +416,7 @@ def draw(logits, key, position, temperature):
     """One token a row. logits (B, V), key and position (B,) int64 -> token (B,) int64, logprob (B,) fp32.
 
     The log-prob is that of the sampling temperature; temperature 0 takes the largest logit and its log-prob
-    at temperature 1.
-    """
+    at temperature 1."""
     p = torch.softmax(logits.float() / (temperature or 1.0), -1)       # (B, V)
     if temperature == 0:
         token = logits.argmax(-1)
@@ -420,15 +455,8 @@ def rotate(x, cos, sin):
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)   # x cos + rolled x sin
 
 
-def causal_attention(q, k, v):
-    """One sequence. q (heads, T, D), k and v (kv_heads, T, D) -> (heads, T, D)."""
-    batch = q[None], k[None], v[None]
-    return F.scaled_dot_product_attention(*batch, is_causal=True, enable_gqa=True)[0]
-
-
 def product(q, keys):
-    """(n, rows, D) x (n, T, D) -> (n, rows, T) in fp32, as the trainer's attention scores are: they can be
-    large."""
+    """(n, rows, D) x (n, T, D) -> (n, rows, T). Scores can be large: in fp32, as the trainer's are."""
     if q.is_cuda:
         return torch.bmm(q, keys.mT, out_dtype=torch.float32)
     return torch.bmm(q.float(), keys.float().mT)
@@ -439,7 +467,7 @@ def attention(q, own, shared, bias, prompt, seat, seats):
 
     own: keys and values, (B kv_heads, T, D) each; shared: (P kv_heads, T', D); bias (B, 1, 1, T' + T). So
     that a prompt's cache is read once for all its rows, their queries are laid beside it: row b takes the
-    seat `seat[b]`, one of `seats`, at the prompt `prompt[b]`. """
+    seat `seat[b]`, one of `seats`, at the prompt `prompt[b]`."""
     (keys, values), (prompt_keys, prompt_values) = own, shared
     B, T_prompt, D = len(q), *prompt_keys.shape[1:]
     kv_heads = len(keys) // B
@@ -478,13 +506,12 @@ class Decoder:
 
     Two caches of keys and values, both in slots: `prompt_kv` (layers, 2, prompts, kv_heads, T', D) and
     `kv` (layers, 2, rows, kv_heads, T, D). A row's column 0 is its prompt's last token, column t its t-th new
-    one. The rows in use fill the slots from 0 on without a gap, and so do the prompts.
-    """
+    one. The rows in use fill the slots from 0 on without a gap, and so do the prompts."""
     def __init__(self, model, rows, length, prompts, prompt_length):
         config, rotary, weight = model.config, model.model.rotary_emb, model.lm_head.weight
         self.capacity, self.device = (rows, length, prompts, prompt_length), weight.device
         heads = config.num_key_value_heads
-        self.dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.dim = head_dim(config)
         self.qk_norm = config.model_type == "qwen3"
         # Zeros, not empty: a masked column is multiplied by 0, and 0 * NaN is NaN.
         shape, options = (config.num_hidden_layers, 2), dict(dtype=weight.dtype, device=self.device)
@@ -507,16 +534,14 @@ class Decoder:
         self.graphs, self.pool, self.stream, self.addresses = {}, None, None, None
 
     def use(self, model):
-        """Weights changed in place are seen anyway. Where a tensor was replaced, graphs hold a dead
-        address."""
+        """Weights changed in place are seen anyway; where a tensor was replaced, graphs are stale."""
         addresses = [p.data_ptr() for p in model.parameters()]
         if addresses != self.addresses:
             self.graphs, self.pool = {}, None
         self.model, self.addresses = model, addresses
 
     def transformer(self, token, position, attend):
-        """The model up to its head. token, position (N,) -> (N, H). attend(i, q, k, v) mixes tokens in layer
-        i."""
+        """token, position (N,) -> (N, H), what the head reads. attend(i, q, k, v): layer i's attention."""
         cos, sin = self.cos[position], self.sin[position]              # (N, 1, D)
         x = self.model.model.embed_tokens(token)                       # (N, H)
         for i, layer in enumerate(self.model.model.layers):
@@ -534,8 +559,7 @@ class Decoder:
     def prefill(self, prompts, slots):
         """Fill the prompts' slots: keys and values of all tokens but the last, which the first step feeds.
 
-        The prompts are laid end to end, so that no product works on padding; attention sees them one by one.
-        """
+        The prompts are laid end to end, so that no product works on padding; attention sees each alone."""
         self.prompt_length[slots] = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self.device)
         parts = [(slot, prompt[:-1]) for slot, prompt in zip(slots, prompts) if len(prompt) > 1]
         if not parts:
@@ -548,7 +572,8 @@ class Decoder:
             mixed, qkv = [], [x.transpose(0, 1).split(lengths, 1) for x in qkv]
             for (slot, tokens), q, k, v in zip(parts, *qkv):           # (heads, T, D)
                 self.prompt_kv[i, :, slot, :, :len(tokens)] = torch.stack((k, v))
-                mixed.append(causal_attention(q, k, v))
+                one = q[None], k[None], v[None]              # a batch of one sequence
+                mixed.append(F.scaled_dot_product_attention(*one, is_causal=True, enable_gqa=True)[0])
             return torch.cat(mixed, 1).transpose(0, 1)
 
         self.transformer(token, position, attend)
@@ -661,13 +686,10 @@ class SlowDecoder:
     def run(self, rows, temperature):
         device = self.model.device
         sequences = [row.group.prompt + row.rollout.tokens for row in rows]
-        ids = torch.zeros(len(rows), max(map(len, sequences)), dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        for i, sequence in enumerate(sequences):             # padded on the right
-            ids[i, :len(sequence)] = torch.tensor(sequence)
-            mask[i, :len(sequence)] = 1
-        logits = self.model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
-        position = mask.sum(1).to(device) - 1                # (B,)
+        position = torch.tensor([len(sequence) - 1 for sequence in sequences], device=device)        # (B,)
+        ids = padded(sequences, 0).to(device)                # (B, T)
+        mask = torch.arange(ids.shape[1], device=device) <= position[:, None]
+        logits = self.model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits
         logits = logits[torch.arange(len(rows), device=device), position]            # (B, V)
         key = torch.tensor([row.key for row in rows], device=device)
         token, logprob = draw(logits, key, position, temperature)
@@ -727,20 +749,28 @@ def batch_size(live):
     return round_up(live, max(1, power_of_2(live) // 8))
 
 
+def head_dim(config):
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def cache_bytes(model):
     """Bytes of keys and values that one token leaves in the cache."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * dim * next(model.parameters()).element_size()
+    return 2 * config.num_hidden_layers * heads * head_dim(config) * next(model.parameters()).element_size()
+
+
+def row_bytes(model, length):
+    """Bytes of a row of `length` tokens with a prompt of its own: cache, logits and what `draw` makes."""
+    logits = 8 * model.config.get_text_config().vocab_size * next(model.parameters()).element_size()
+    return cache_bytes(model) * length + logits
 
 
 def batch_limit(policy, prompt_length, max_new_tokens):
     """How many rows fit into the free memory, each with a prompt of its own. Ask once, at the start of a run,
     and keep it: the batch shape changes rounding. Raises data.InputError where not even one fits."""
     model, length = policy.model, round_up(prompt_length, 128) + round_up(max_new_tokens, 32)
-    logits = 8 * model.config.get_text_config().vocab_size * next(model.parameters()).element_size()
-    row = cache_bytes(model) * length + logits
+    row = row_bytes(model, length)
     if policy.device.type == "cuda":
         free = torch.cuda.mem_get_info(policy.device)[0]
         free += torch.cuda.memory_reserved(policy.device) - torch.cuda.memory_allocated(policy.device)
@@ -756,8 +786,7 @@ def batch_limit(policy, prompt_length, max_new_tokens):
 
 
 def _engine(policy, *capacity):
-    """The policy's decoder, made anew where the kept one is too small. capacity: rows, new tokens, prompts,
-    prompt tokens."""
+    """The policy's decoder, made anew if too small. capacity: rows, new tokens, prompts, prompt tokens."""
     engine = policy.engine
     if engine is None or any(has < needed for has, needed in zip(engine.capacity, capacity)):
         if engine and engine.capacity[:2] == capacity[:2]:  # a run of grpo.py: grow, and so a few times only
@@ -780,19 +809,23 @@ def closes(tokenizer, tokens):
         "</answer>" in tokenizer.decode(tokens[-12:], clean_up_tokenization_spaces=False)
 
 
+def context(policy):
+    """How many tokens the model can read, prompt and response together."""
+    return getattr(policy.model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+
+
 def check_request(policy, prompts, n, max_new_tokens):
     if n < 1 or max_new_tokens < 1:
         raise InputError(f"n and --max-new-tokens must be at least 1, not {n} and {max_new_tokens}")
     if not all(prompts):
         raise InputError("an empty prompt has no last token to continue from")
-    context = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
-    longest = max(map(len, prompts))
-    if longest > context - 1:
-        raise InputError(f"a prompt of {longest} tokens leaves no room in the model's context of {context}; "
+    room, longest = context(policy), max(map(len, prompts))
+    if longest > room - 1:
+        raise InputError(f"a prompt of {longest} tokens leaves no room in the model's context of {room}; "
                          "use shorter problems")
-    if longest + max_new_tokens > context:
+    if longest + max_new_tokens > room:
         raise InputError(f"a prompt of {longest} tokens and --max-new-tokens {max_new_tokens} exceed the "
-                         f"model's context of {context}; lower --max-new-tokens to {context - longest}")
+                         f"model's context of {room}; lower --max-new-tokens to {room - longest}")
 
 
 def prefill(engine, waiting, cached, ready, free):
@@ -828,13 +861,12 @@ def accept(row, token, logprob, policy, eos, max_new_tokens):
 
 @torch.inference_mode()
 def generate(policy, prompts, n=1, max_new_tokens=512, temperature=1.0, seed=0, max_batch=None):
-    """Sample n responses to each prompt (a list of token ids). Returns, in the order of the prompts, lists of
-    n Rollouts.
+    """Sample n responses to each prompt (a list of token ids) -> for each prompt, in order, n Rollouts.
 
     temperature 0 is greedy. What a token draws is a function of (seed, prompt index, sample, position) alone:
     neither max_batch (rows at a time; None: batch_limit) nor the order in which rows finish changes it,
     though the shape of a batch changes rounding, which can turn a near-tie. Raises data.InputError if a
-    prompt with its new tokens exceeds the model's context or the memory. """
+    prompt with its new tokens exceeds the model's context or the memory."""
     if not prompts:
         return []
     check_request(policy, prompts, n, max_new_tokens)
@@ -843,8 +875,7 @@ def generate(policy, prompts, n=1, max_new_tokens=512, temperature=1.0, seed=0, 
         group.rows = [_Row(group, key, Rollout([], [])) for key in keys]
     longest = max(map(len, prompts))
     limit = max_batch or min(batch_limit(policy, longest, max_new_tokens), n * len(prompts))
-    # some prompts are filled ahead of their rows
-    slots = min(limit + min(limit // 8, PREFILL_ROWS), len(prompts))
+    slots = min(limit + min(limit // 8, PREFILL_ROWS), len(prompts))   # some are filled ahead of their rows
     # A row that ends between two looks of the host runs on, inside its slot: 32 is a multiple of every sync.
     engine = _engine(policy, limit, round_up(max_new_tokens, 32), slots, round_up(longest, 128))
     eos = policy.eos_ids
@@ -866,15 +897,12 @@ def generate(policy, prompts, n=1, max_new_tokens=512, temperature=1.0, seed=0, 
     return [[row.rollout for row in group.rows] for group in groups]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 4. Accuracy
-# ------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------ 4. Accuracy
 def greedy_accuracy(policy, problems, max_new_tokens=512, max_batch=None):
     """Greedy answers to `problems` (objects with .question and .answer), scored by data.reward.
 
     Returns n, correct, accuracy, format_rate (share with exactly one readable answer), cut_rate (share that
-    reached max_new_tokens), mean_tokens, hits (0.0 or 1.0) and texts, both in the order of the problems.
-    """
+    reached max_new_tokens), mean_tokens, hits (0.0 or 1.0) and texts, both in the order of the problems."""
     problems = list(problems)
     if not problems:
         raise InputError("no problems to measure accuracy on")
@@ -895,21 +923,17 @@ def greedy_accuracy(policy, problems, max_new_tokens=512, max_batch=None):
     }
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 5. Log-probabilities of given tokens, and the entropy of the distribution they were drawn from
-#
+# ------------- 5. Log-probabilities of given tokens, and the entropy of the distribution they were drawn from
 # For a row x of logits (divided by the temperature) and its target y, with m = max x, d = sum e^(x - m):
 #     logprob = (x_y - m) - log d            entropy H = log d - sum e^(x - m) (x - m) / d
 #     d logprob / d x = onehot(y) - p        d H / d x = -p (log p + H)            p = e^(x - m - log d)
 # The backward pass needs four numbers a token, its stats: logprob, H, m, log d. m and log d are kept apart,
 # since their sum would round log d away where all logits share a large offset.
-# ------------------------------------------------------------------------------------------------------------
-IGNORE = -100              # a target with this value is masked: log-prob 0, entropy 0, no gradient
+IGNORE = -100  # a target with this value, PyTorch's own, is masked: log-prob 0, entropy 0, no gradient
 
 
 def rows_forward(x, targets, scale):
-    """x (N, V) logits, targets (N,), scale = 1 / temperature -> stats (N, 4) fp32. The kernel's
-    specification."""
+    """x (N, V) logits, targets (N,), scale = 1 / temperature -> stats (N, 4) fp32. Specifies the kernel."""
     x = x.float() * scale
     m = x.amax(-1, keepdim=True)                             # (N, 1), like all sums below
     x = x - m
@@ -975,7 +999,7 @@ def logits_logprobs(logits, targets, *, temperature=1.0, backend="auto", overwri
     logits (..., V) any float dtype; targets (...) int64, -100 = masked. Returns logprob, entropy: fp32 in
     nats, shape of targets, differentiable in logits with an own upstream gradient per token. overwrite=True
     lets the backward pass write the gradient over the logits: half the memory, and the logits are lost.
-    Raises ValueError for an unknown backend. """
+    Raises ValueError for an unknown backend."""
     backend = _pick_backend(backend, logits)
     if logits.stride(-1) != 1:
         logits = logits.contiguous()                         # the kernels want a row's logits side by side
@@ -1083,7 +1107,7 @@ def token_logprobs(hidden, weight, targets, *, temperature=1.0, backend="auto", 
     gradient). backend: "auto" (Triton on CUDA, else PyTorch), "triton" or "torch". chunk_bytes bounds one
     chunk of logits. Returns logprob, entropy: fp32 in nats, shape of targets, differentiable in hidden and
     weight with an own upstream gradient per token. The logits are computed in the dtype of hidden, as the
-    sampler does; everything after them is fp32. Raises ValueError for an unknown backend. """
+    sampler does; everything after them is fp32. Raises ValueError for an unknown backend."""
     values = _apply(_TokenLogProbs, hidden, weight, targets, temperature, backend, chunk_bytes)
     zeros = torch.zeros(targets.shape, device=hidden.device)
     return tuple(zeros.masked_scatter(targets != IGNORE, value) for value in values)
@@ -1092,8 +1116,7 @@ def token_logprobs(hidden, weight, targets, *, temperature=1.0, backend="auto", 
 def sum_logprob(hidden, weight, targets, *, temperature=1.0, backend="auto", chunk_bytes=None):
     """The sum of token_logprobs over all tokens, a scalar. Arguments and errors as there.
 
-    For SFT: a product with the head less. The gradients are made in the forward pass (wasted under no_grad).
-    """
+    For SFT: a product with the head less; gradients are made in the forward pass (in vain under no_grad)."""
     return _apply(_SumLogProb, hidden, weight, targets, temperature, backend, chunk_bytes)
 
 
@@ -1153,8 +1176,7 @@ if triton is not None:
 
 
 def launch_shape(V):
-    """(BLOCK, num_warps) for a vocabulary of V: at most 4096 a block, 16 values a thread; more spill
-    registers."""
+    """(BLOCK, num_warps) for a vocabulary of V: at most 16 values a thread, since more spill registers."""
     block = min(4096, max(128, triton.next_power_of_2(V)))
     return block, max(1, min(8, block // 512))
 
@@ -1190,9 +1212,7 @@ def _pick_backend(backend, tensor):
     return backend
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 6. Command
-# ------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------- 6. Command
 def machine_ceilings(device):
     """(bytes/s of a large copy, FLOP/s of a large bf16 product) of this GPU, measured now: the best of 10."""
     def best(work, function):
@@ -1216,8 +1236,7 @@ def limit_seconds(policy, prompt_lengths, lengths, bandwidth, flops):
 
     Every step reads each live row's own keys and values, those of each live group's prompt, and the weights
     once; or, with many rows, it is held up by the weights' 2 FLOP a row:
-        sum over steps of  KV bytes / bandwidth + max(weight bytes / bandwidth, 2 P rows / flops)
-    """
+        sum over steps of  KV bytes / bandwidth + max(weight bytes / bandwidth, 2 P rows / flops)"""
     embedding, head = policy.model.get_input_embeddings().weight, policy.model.get_output_embeddings().weight
     parameters = sum(p.numel() for p in policy.model.parameters())
     if embedding is not head:  # looked up, never multiplied with
@@ -1232,8 +1251,7 @@ def limit_seconds(policy, prompt_lengths, lengths, bandwidth, flops):
 
 
 def colour(text):
-    """Mark the injected behaviors for a terminal: reflections yellow, analyses cyan, one operation per "="
-    green."""
+    """Mark the behaviors for a terminal: reflections yellow, analyses cyan, one operation per "=" green."""
     codes, lines = {"reflection": 33, "analysis": 36, "subgoal": 32}, []
     for line in text.split("\n"):
         code = codes.get(data.line_kind(line))

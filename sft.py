@@ -60,8 +60,7 @@ def micro_batches(lengths, tokens):
     The gradient of a batch is the sum of its micro-batches' gradients, if each of their losses is divided by
     the whole batch's denominator."""
     groups = []
-    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        # a group's first row is its longest
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):  # a group's first is its longest
         if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= tokens:
             groups[-1].append(row)
         else:
@@ -114,6 +113,7 @@ class Optimizer:
 
     @torch.no_grad()
     def load_state(self, state):
+        sample.check_tensors("the saved state", state.get("master", ()), self.master)
         self.adam.load_state_dict(state["adam"])
         for param, master, saved in zip(self.params, self.master, state["master"]):
             master.copy_(saved)
@@ -147,7 +147,7 @@ def predict_memory(model, tokens, *, reference=False, checkpointing=False, sampl
     config, weight = model.config, model.lm_head.weight
     V, H = weight.shape
     b, layers, P = weight.element_size(), config.num_hidden_layers, sum(p.numel() for p in model.parameters())
-    dim = getattr(config, "head_dim", None) or H // config.num_attention_heads
+    dim = sample.head_dim(config)
     Q, KV = config.num_attention_heads * dim, config.num_key_value_heads * dim
     layer = tokens * (2 * (4 + 2 * b) * H + b * (3 * Q + 2 * KV + 4 * config.intermediate_size))
     rows, length = sampler
@@ -156,7 +156,7 @@ def predict_memory(model, tokens, *, reference=False, checkpointing=False, sampl
             "reference": b * P if reference else 0,
             "activations": layers * tokens * b * H + layer if checkpointing else layers * layer,
             "head": min(chunk, b * tokens * V) + (4 + 2 * b) * V * H,  # logits, the weight's gradient
-            "sampler": rows * b * (2 * layers * KV * length + 8 * V)}
+            "sampler": rows * sample.row_bytes(model, length)}
 
 
 def free_memory(model):
@@ -195,11 +195,13 @@ class Log:
         rows = []
         if keep:
             try:
-                with open(path, newline="") as file:
-                    rows = list(csv.reader(file))[1:keep + 1]
-            except OSError as error:
-                raise data.InputError(f"{path}: the log of the run to go on with cannot be read "
-                                      f"({error.strerror}); put it back") from None
+                with open(path, newline="", encoding="utf-8") as file:
+                    header, *rows = list(csv.reader(file))[:keep + 1]
+            except (OSError, ValueError, csv.Error):
+                header = None
+            if header != columns or len(rows) < keep:
+                raise data.InputError(f"{path}: not the log of the run to go on with, which has {keep} rows "
+                                      "at least; put it back")
         with data.replacing(path) as file:
             csv.writer(file).writerows([columns, *rows])
         self.file, self.columns = open(path, "a", newline=""), columns
@@ -212,16 +214,17 @@ class Log:
 
 
 class CtrlC:
-    """Inside `with run.ctrl_c:` the first Ctrl-C is a wish (asked), granted at the end of the step: half a
-    step cannot be resumed. The second stops at once; what was saved before stays whole."""
+    """Inside `with run.ctrl_c:` the first Ctrl-C or SIGTERM is a wish (asked), granted at the end of the
+    step: half a step cannot be resumed. The second stops at once; what was saved before stays whole."""
     asked = False
 
     def __enter__(self):
-        self.before = signal.signal(signal.SIGINT, self.ask)
+        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_):
-        signal.signal(signal.SIGINT, self.before)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def ask(self, *_):
         if self.asked:
@@ -244,19 +247,19 @@ def identity(args, model, free=()):
         checksum = zlib.crc32(p.detach().cpu().contiguous().view(torch.uint8).numpy(), checksum)
     same["a model with checksum"] = checksum
     if args.data:
-        same["--data with checksum"] = zlib.crc32(open(args.data, "rb").read())
+        with open(args.data, "rb") as file:
+            same["--data with checksum"] = zlib.crc32(file.read())
     return same
 
 
 def set_aside(path):
-    """Rename a finished result and its CSV to the next free name: a new run never loses an old one."""
-    stem = path.removesuffix(".pt")
-    if os.path.exists(path):
-        number = next(i for i in itertools.count(1) if not os.path.exists(f"{stem}.{i}.pt"))
-        os.replace(path, f"{stem}.{number}.pt")
-        if os.path.exists(f"{stem}.csv"):
-            os.replace(f"{stem}.csv", f"{stem}.{number}.csv")
-        print(f"{path} existed: renamed to {stem}.{number}.pt")
+    """Rename an old result and its log to the next free name: a new run never loses one."""
+    stem, endings = path.removesuffix(".pt"), (".pt", ".csv")
+    old = [ending for ending in endings if os.path.exists(stem + ending)]
+    number = next(i for i in itertools.count(1) if not any(os.path.exists(f"{stem}.{i}{e}") for e in endings))
+    for ending in old:
+        os.replace(stem + ending, f"{stem}.{number}{ending}")
+        print(f"{stem}{ending} existed: renamed to {stem}.{number}{ending}")
 
 
 class Run:
@@ -272,18 +275,18 @@ class Run:
             if not resume:
                 raise data.InputError(f"{self.path} holds an unfinished run: pass --resume to go on, "
                                       "another --out, or delete that file")
-            try:
-                self.state = torch.load(self.path, map_location="cpu", weights_only=True)
-                self.state["step"], self.state["flags"], self.state["optimizer"]
-            except Exception:
-                raise data.InputError(f"{self.path}: not a saved state, or damaged; "
-                                      "delete it to start anew") from None
+            self.state = sample.read_pt(self.path, "delete it to start anew")
+            kinds = {"step": int, "flags": dict, "optimizer": dict}
+            if not all(isinstance(self.state.get(name), kind) for name, kind in kinds.items()):
+                raise data.InputError(f"{self.path}: not a saved state; delete it to start anew")
         elif resume and os.path.exists(out):
             print(f"{out} is finished: nothing to resume")
             raise SystemExit(0)
+        elif resume:
+            print(f"there is no {self.path}, so nothing to resume: starting anew")
         # what a kill during a save left behind
         for path in (out, self.path, out.removesuffix(".pt") + ".csv"):
-            for leftover in glob.glob(glob.escape(path) + "*.tmp"):
+            for leftover in glob.glob(glob.escape(path + data.OURS) + "*.tmp"):
                 os.remove(leftover)
 
     def begin(self, args, model, free=()):
@@ -363,8 +366,8 @@ def refuse(args, parser, flags, why):
 
 
 def check_files(args, parser, start):
-    """Refuse flags that contradict each other on what is read, and outputs that could not be written at the
-    end of a long run. start: the file or name that the weights come from."""
+    """Refuse flags that contradict each other on what is read, and claim what the run will write. start: the
+    file or name that the weights come from."""
     if args.data:
         drawing = ("task", "ops", "size", "tidy", "depth", "redundancy", "names", "max_answer", "max_value")
         refuse(args, parser, drawing, "with --data, which brings its problems")
@@ -372,18 +375,18 @@ def check_files(args, parser, start):
         refuse(args, parser, ("depth", "redundancy", "names"), "with --task igsm")
     else:
         refuse(args, parser, ("ops", "size", "tidy"), f"with --task {args.task}")
-    folder = os.path.dirname(args.out) or "."
-    if not args.out.endswith(".pt") or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-        raise data.InputError(f"--out {args.out}: must end in .pt and lie in a folder that exists and can be "
-                              "written")
-    if os.path.abspath(start) == os.path.abspath(args.out):
-        raise data.InputError(f"--out {args.out}: is the file that the run starts from; name another one")
     if args.hand_over:
         refuse(args, parser, ("resume", "export"), "with --hand-over, which trains nothing")
-    for flag, folder in (("--export", args.export), ("--hand-over", args.hand_over)):
-        empty = folder and os.path.isdir(folder) and not os.listdir(folder)
-        if folder and os.path.exists(folder) and not empty and not args.resume:
-            raise data.InputError(f"{flag} {folder}: exists already; name a new folder")
+    stem = args.out.removesuffix(".pt")
+    if stem == args.out or stem.endswith(".state"):
+        raise data.InputError(f"--out {args.out}: must end in .pt, but not in .state.pt")
+    exported = args.resume and os.path.exists(args.out)  # a run that was killed so late has begun its folder
+    files = [("--out", args.out, (b"",)),  # an old result and its log are set aside
+             ("--out", f"{stem}.csv", (b"step,", b"pool,")), ("--out", f"{stem}.state.pt", (b"",)),
+             ("--export", None if exported else args.export, None)]
+    data.claim([("--hand-over", args.hand_over, None)] if args.hand_over else files,
+               [("the file that the run starts from", start), ("the file of --data", args.data),
+                ("the file of --start", getattr(args, "start", None))])
 
 
 # -------------------------------------------------------------------------------------------- 6. The SFT loop
@@ -394,7 +397,8 @@ def load_examples(policy, problems, max_length):
                  sample.encode_response(policy.tokenizer, problem.response)) for problem in problems]
     kept = [(prompt, response) for prompt, response in examples if len(prompt) + len(response) <= max_length]
     if not kept:
-        raise data.InputError(f"every example is longer than --max-length {max_length} tokens: raise it")
+        raise data.InputError(f"every example is longer than --max-length {max_length} tokens: raise it, up "
+                              "to the model's context")
     if len(kept) < len(examples):
         print(f"{len(examples) - len(kept)} of {len(examples)} examples are longer than "
               f"--max-length {max_length} tokens: left out")
@@ -450,11 +454,10 @@ def train(policy, examples, args, run, log):
 # that has read only plain answers, injected ones are a competence to be learned from 2,000 examples, and RL
 # deletes what is half learned (results/tiny/regimes.md). So it reads (1) skills without answers, in a wording
 # that no answer uses, then (2) a quarter skills and the rest plain and injected answers in equal parts: SFT
-# then chooses a style and not a competence. Skip this section at first; nothing after it needs it.
+# then chooses a style and not a competence.
 SHARES = {"skill": 0.25, "plain": 0.375, "injected": 0.375}  # of the texts after the first stage
 INJECTED_P = (0.1, 0.2, 0.3, 0.5)
-# What is one token, besides names, digits and letters: the tags, the answers' wording, PromptBench's, the
-# skills'.
+# What is one token, besides names, digits and letters: tags, wording of answers, PromptBench and skills.
 PHRASES = [
     *sample.TAGS, "\\boxed", "The number of", " more than", " times", " the sum of", " the difference of",
     " and", ".\n", "How many", " does each", " have?", " = ", " + ", " - ", " * ", "- Let ",
@@ -477,8 +480,7 @@ def tiny_tokenizer():
     """A word-level tokenizer for our problems: about 1,100 tokens, 140 for an iGSM problem with 4 operations.
 
     An item's name is one token, "each <item>'s" is another, so is a PromptBench name; digits and letters are
-    single tokens, and so are the tags and the fixed phrases. Whatever else comes is spelled in characters, or
-    in bytes."""
+    single tokens, and so are the tags and PHRASES. All else is spelled in characters, or in bytes."""
     items = [item for world in data.WORLDS for groups in world.values() for group in groups for item in group]
     categories = [category for world in data.WORLDS for category in world]
     phrases = sorted(PHRASES, key=len, reverse=True)  # the longest one that fits wins
@@ -518,11 +520,10 @@ def tiny_policy(width, layers, heads, seed):
 
 @torch.no_grad()
 def take_over(policy, other):
-    """Start from another base: its layers, and the embeddings of the tokens that both know. Raises
-    InputError.
+    """Start from another base: its layers, and the embeddings of the tokens that both know.
 
     Looking things up is what a base from scratch learns last (more than 6 M tokens on a plateau); layers that
-    can do it learn the rest, for the other task too, in a fraction of that."""
+    can do it learn the rest, for the other task too, in a fraction of that. Raises InputError."""
     shape = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     if any(getattr(other.model.config, name, None) != getattr(policy.model.config, name) for name in shape):
         raise data.InputError("--start: a model of another shape; give a tiny base and its "
@@ -576,8 +577,7 @@ def missing_text(rng, problem):
 
 
 def order_text(rng, problem):
-    """The needed quantities, each after its parents, in one of the orders that do; the target must be
-    last."""
+    """The needed quantities, each after its parents, in any order that does; only the last is certain."""
     waiting, solved, pieces = data.needed_nodes(problem.nodes, problem.target), set(), []
     while waiting:
         name = rng.choice([q for q in waiting if solved.issuperset(problem.nodes[q].parents)])
@@ -598,8 +598,7 @@ def tree_text(rng, problem):
 
 
 def letters_text(rng, problem):
-    """Formulas in letters and in numbers, with values that are drawn and not computed: binding without
-    arithmetic."""
+    """Formulas in letters and in numbers, with values drawn, not computed: binding without arithmetic."""
     pieces, letters, values = [], {}, {}
     for name in data.needed_nodes(problem.nodes, *rng.sample(list(problem.nodes), len(problem.nodes))):
         node = problem.nodes[name]
@@ -671,9 +670,8 @@ def encode_text(tokenizer, text):
 
 
 class Exam:
-    """What the log says of a base: of each skill's predictable tokens, the share that it gets right,
-    teacher-forced, on validation problems; and the share of these that one rollout at temperature 1 answers
-    rightly."""
+    """What the log says of a base, on validation problems: the share of each skill's predictable tokens that
+    it gets right, the text before them given; and the share right of one rollout each at temperature 1."""
 
     def __init__(self, policy, args):
         rng, options = Random(f"held out {args.seed}"), CURRICULUM[args.task][2] | COMMON[args.task]
@@ -708,11 +706,8 @@ class Exam:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose singular values are all set to about 1 (Jordan et al. 2024), scaled to the size of an
-    AdamW update.
-
-    PyTorch's own does the same in bf16, which a CPU without bf16 products multiplies 20 times slower than
-    fp32."""
+    """Momentum whose singular values are all set to about 1 (Jordan et al. 2024), at the size of an AdamW
+    update. PyTorch's own does the same in bf16, 20 times slower than fp32 on a CPU without bf16 products."""
 
     def __init__(self, params, lr, momentum=0.95, weight_decay=0.01):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
@@ -762,6 +757,7 @@ class MuonAdamW:
 
     @torch.no_grad()
     def load_state(self, state):
+        sample.check_tensors("the saved state", state.get("params", ()), self.params)
         for part, saved in zip(self.parts, state["parts"]):
             part.load_state_dict(saved)
         for param, saved in zip(self.params, state["params"]):
@@ -778,10 +774,9 @@ def draw_pool(tokenizer, number, progress, args):
 
 
 def pretrain_step(policy, batch, optimizer, factor):
-    """One update on the mean log-prob of the responses' tokens, in bf16 where the machine has it -> the
-    loss."""
+    """One update on the mean log-prob of the responses' tokens -> the loss."""
     model, kind = policy.model, policy.device.type
-    # a CPU without bf16 products would take 20 times as long as with fp32
+    # bf16 where the machine has it: a CPU without would take 20 times as long as with fp32
     bf16 = kind == "cuda" or (kind == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported())
     inputs, targets = collate(batch, policy.device, policy.tokenizer.pad_token_id)
     kept = targets != sample.IGNORE
@@ -795,14 +790,13 @@ def pretrain_step(policy, batch, optimizer, factor):
 
 
 def schedule(updates, progress):
-    """The share of the full learning rate: rise over 50 updates, hold, fall over the last 30% of tokens."""
+    """The share of the full learning rate: rise over 50 updates, hold, fall over the last 30% of the tokens
+    (the fall is worth more than twice the tokens)."""
     return min(1.0, (updates + 1) / 50, max(0.02, (1 - progress) / 0.3))
 
 
 def pretrain(policy, args, run):
-    """Train a tiny base on `args.tokens` tokens: skills first, then answers, short problems before long ones.
-
-    Small batches; the learning rate falls over the last 30%, which is worth more than twice the tokens."""
+    """Train a tiny base on `args.tokens` tokens: skills first, then answers; short problems first."""
     optimizer = MuonAdamW(policy.model, args.lr)
     pool, seen, updates = run.state["step"], run.state.get("seen", 0), run.state.get("updates", 0)
     if pool:
@@ -973,6 +967,7 @@ def main():
     policy = sample.load_policy(start)
     fill_in(args, policy.model, PRESETS)
     problems = answered_problems(args, options)
+    args.max_length = min(args.max_length, sample.context(policy))
     examples = load_examples(policy, problems, args.max_length)
     if args.hand_over:
         return hand_over_sft(policy, problems, args)

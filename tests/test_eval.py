@@ -88,6 +88,46 @@ def test_process_counts_right_answers_with_sound_steps(told):
     assert evaluation.measure(told(texts), problems)["process"] == 0  # all right, none sound
 
 
+def test_figures_of_known_hits(told):
+    """Bugs: rates over another number than the problems'; a rollout's hit counted for another problem; hits
+    and problems in another order, so that McNemar pairs strangers."""
+    answer = "</think>\n<answer>\n\\boxed{{{}}}\n</answer>".format
+    problems = [data.Problem("What is it?", x, "", {}) for x in (1, 2, 2, 3, 4)]
+    texts = [[answer(1), answer(1), "no"], [answer(9), answer(2), answer(2)], ["no", "no", answer(1)],
+             [answer(3)] * 3, [answer(4), answer(4), "no"]]
+    policy = told(texts)
+    scores = evaluation.measure(policy, problems, samples=3)
+    assert scores["hits"] == [1, 0, 0, 1, 1] and (scores["n"], scores["correct"]) == (5, 3)
+    assert (scores["accuracy"], scores["format_rate"], scores["majority"]) == (0.6, 0.8, 0.4)
+    assert scores["ci95"] == evaluation.wilson(3, 5) and scores["cut_rate"] == 0
+    lengths = [len(sample.encode_response(policy.tokenizer, text[0])) for text in texts]
+    assert scores["mean_tokens"] == sum(lengths) / 5 and scores["process"] is None
+    rollouts = scores["rollouts"]
+    assert (rollouts["correct"], rollouts["mean"]) == (9, 0.6) and rollouts["histogram"] == [0.2, 0, 0.6, 0.2]
+    assert rollouts["pass_at"] == pytest.approx({1: 0.6, 2: 0.8, 3: 0.8})
+    results = [{"path": path, "splits": {"id": {"hits": hits}}}
+               for path, hits in (("a", [1, 0, 0, 1, 1]), ("b", [0, 1, 1, 0, 0]), ("c", [1, 1, 1, 1, 1]))]
+    found = {(c["before"], c["after"]): c["p"] for c in evaluation.compare(results)}
+    assert found == {("a", "b"): 1.0, ("a", "c"): 0.5, ("b", "c"): 0.25}
+
+
+def test_the_seed_draws_problems_and_rollouts(script, tiny_file, monkeypatch):
+    """Bug: --seed, --n, --samples or --max-new-tokens that stop on their way from the command line."""
+    seen, measure = [], evaluation.measure
+
+    def spy(policy, problems, *rest):
+        seen.append(([p.question for p in problems], *rest))
+        return measure(policy, problems[:1], 4)
+    monkeypatch.setattr(evaluation, "measure", spy)
+    for seed in (0, 7):
+        result = script("eval.py", "--ckpt", tiny_file, "--n", 5, "--seed", seed, "--max-new-tokens", 9,
+                        "--samples", 3, "--ops", 2, 3)
+        assert result.returncode == 0, result.stderr
+    for (questions, *rest), (seed, ops) in zip(seen, ((0, (2, 3)), (0, (4, 6)), (7, (2, 3)), (7, (4, 6)))):
+        stream = data.generate(ops=ops, seed=seed, split="test")
+        assert rest == [9, 3, seed] and questions == [p.question for p in itertools.islice(stream, 5)]
+
+
 def test_process_of_files(told, tmp_path, capsys):
     """Bugs: process counted, as 0, where a question cannot be read back; not counted for files at all."""
     problems = list(itertools.islice(data.generate(ops=(2, 3), max_value=100), 2))
@@ -130,6 +170,7 @@ def test_report_pairs_seeds(tmp_path, script):
     assert f"paired over 2 seeds: {gains}" in printed
     assert "bridge - vanilla +37.5%" in printed  # (80 - 50 + 90 - 45) / 2
     assert "bridge / vanilla 1.79" in printed  # 85 / 47.5
+    assert "| id | bridge | 3 | 31.7%" in printed  # (40 + 45 + 10) / 3: its table has all of its own seeds
     assert "| id | vanilla | 2 | 35.0%" in printed and "| 11.0% |" in printed and "| ood |" not in printed
     assert "| 23.5% [" in printed and "| 44.7% [" in printed  # process: (25 + 22) / 2, (40 + 45 + 49) / 3
     assert "process-verified after RL, bridge - vanilla +19.0%" in printed

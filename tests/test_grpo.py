@@ -301,6 +301,269 @@ def test_importance_weights_reach_the_gradient(tiny, batch):
         assert torch.allclose(weighted, factor * plain, rtol=1e-3, atol=1e-6)
 
 
+def by_the_book(model, reference, rollouts, args, old=None):
+    """(gradient, clip_frac) of one update, spelled out: row by row, the whole vocabulary, no micro-batch.
+    old: log pi_old of each row, or None in the first update."""
+    centred = rollouts.rewards - rollouts.rewards.mean(1, keepdim=True)
+    advantages = centred if args.no_std else centred / (rollouts.rewards.std(1, keepdim=True) + 1e-6)
+    above = 1 + (args.clip if args.clip_high is None else args.clip_high)
+    kept, outside, tokens = [], 0, sum(len(response) for _, response in rollouts.examples)
+
+    def logprobs(model, prompt, response):
+        logits = model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1:-1]
+        return (logits / args.temperature).log_softmax(-1)  # (T, V)
+    for row, (prompt, response) in enumerate(rollouts.examples):
+        A, sampled = advantages.flatten()[row], torch.tensor(rollouts.logprobs[row])
+        log_p, chosen = logprobs(model, prompt, response), torch.tensor(response)[:, None]
+        ref = logprobs(reference, prompt, response).gather(1, chosen)[:, 0].detach()
+        logp, entropy = log_p.gather(1, chosen)[:, 0], -(log_p.exp() * log_p).sum(-1)
+        before = logp.detach() if old is None else old[row]
+        ratio, d = (logp - before).exp(), ref - logp
+        outside += ((ratio < 1 - args.clip) | (ratio > above)).sum().item()
+        gain = torch.minimum(ratio * A, ratio.clamp(1 - args.clip, above) * A)
+        if args.tis:
+            gain = gain * (before - sampled).exp().clamp(max=args.tis)
+        kl = {"k1": -d, "k2": d * d / 2, "k3": d.exp() - 1 - d}[args.kl]
+        moved = ((ref - sampled).exp() - 1 - (ref - sampled)).mean()
+        flat = rollouts.rewards[row // rollouts.rewards.shape[1]].unique().numel() == 1
+        if not (args.drop_flat and flat) and not (args.max_kl and moved > args.max_kl):
+            kept.append(-gain + args.beta * kl - args.entropy * entropy)
+    losses = {"sequence": lambda: sum(loss.mean() for loss in kept) / len(kept),
+              "token": lambda: torch.cat(kept).sum() / len(torch.cat(kept)),
+              "constant": lambda: torch.cat(kept).sum() / (len(kept) * args.max_new_tokens)}
+    model.zero_grad()
+    losses[args.norm]().backward()
+    return torch.cat([p.grad.flatten().clone() for p in model.parameters()]), outside / tokens
+
+
+def uneven(batch):
+    """The batch with responses of 7 to 20 tokens, its flat group first, from a sampler that is a little off:
+    --norm, --drop-flat, --tis and --max-kl have something to do."""
+    noise, lengths = Random(0), [20 - 5 * i % 14 for i in range(12)]
+    return replace(batch, examples=[(p, r[:length]) for (p, r), length in zip(batch.examples, lengths)],
+                   logprobs=[[x + noise.gauss(0, 0.1) for x in row[:length]]
+                             for row, length in zip(batch.logprobs, lengths)], rewards=batch.rewards.flip(0))
+
+
+MOVED = 0.0275  # a mean KL that about half of the rollouts are above
+OPTIONS = [{}, {"no_std": True}, {"temperature": 0.7}, {"beta": 0.5}, {"kl": "k1"}, {"kl": "k2"},
+           {"norm": "token"}, {"norm": "constant"}, {"norm": "constant", "max_new_tokens": 77},
+           {"entropy": 0.1}, {"tis": 1.1}, {"drop_flat": True}, {"max_kl": MOVED}, {"max_kl": MOVED, "norm": "token"},
+           {"max_kl": MOVED, "norm": "constant"}, {"drop_flat": True, "max_kl": MOVED, "norm": "token"}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_each_option_changes_the_gradient_as_its_formula_says(options, tiny, batch):
+    """Bugs: an option that is read and has no effect, another effect, or one on the fraction's upper end
+    alone. The wrong version: the same without the option."""
+    policy, args = tiny(), arguments(**options)
+    policy.reference, rollouts = tiny(1).model, uneven(batch)
+    gradient, row = step_gradient(policy, rollouts, **options)
+    truth, _ = by_the_book(policy.model, policy.reference, rollouts, args)
+    assert (gradient - truth).norm() < 1e-5 * truth.norm()
+    if options.get("max_kl"):
+        assert 0 < row["dropped"] < 8
+    for name in options:
+        less = arguments(**{other: value for other, value in options.items() if other != name})
+        wrong, _ = by_the_book(policy.model, policy.reference, rollouts, less)
+        if less.norm == "constant" or name != "max_new_tokens":
+            assert (gradient - wrong).norm() > 1e-3 * truth.norm(), name
+
+
+class Nudge(Recorder):
+    """Stands in for the optimizer: keeps every gradient and moves the weights by given noise in between."""
+    def __init__(self, model):
+        super().__init__(model)
+        self.gradients = []
+
+    @torch.no_grad()
+    def step(self, clip):
+        norm = super().step(clip)
+        self.gradients.append(self.gradient)
+        generator = torch.Generator().manual_seed(0)
+        for p in self.model.parameters():
+            p += 0.15 * torch.randn(p.shape, generator=generator)
+        return norm
+
+
+@pytest.mark.parametrize("options", [{}, {"clip": 0.05}, {"clip_high": 0.6}, {"tis": 1.1},
+                                     {"temperature": 0.7}], ids=str)
+def test_the_second_update_is_clipped_as_its_formula_says(options, tiny, batch):
+    """Bugs: one clip for both sides; log pi_old of another pass or at another temperature; weights of --tis
+    that follow the policy; a clip_frac of the last pass alone, or of one side."""
+    policy, args, reference = tiny(), arguments(epochs=2, **options | {"beta": 0.01}), tiny(1).model
+    nudge, rollouts = Nudge(policy.model), uneven(batch)
+    row = grpo.train_step(policy, reference, nudge, rollouts, args)
+    model, again = tiny().model, Nudge(tiny().model)
+    first, _ = by_the_book(model, reference, rollouts, args)
+    old = []
+    for prompt, response in rollouts.examples:
+        logits = model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1:-1]
+        log_p = (logits / args.temperature).log_softmax(-1)
+        old.append(log_p.gather(1, torch.tensor(response)[:, None])[:, 0].detach())
+    again.model = model
+    again.step(1.0)  # the same nudge
+    second, outside = by_the_book(model, reference, rollouts, args, old)
+    for gradient, truth in zip(nudge.gradients, (first, second)):
+        assert (gradient - truth).norm() < 1e-5 * truth.norm()
+    assert row["clip_frac"] == pytest.approx(outside / 2, abs=1e-6) and outside > 0.05
+    for changed in ({"clip": 0.5, "clip_high": args.clip_high or args.clip}, {"clip_high": 0.3}):  # each side
+        wrong, _ = by_the_book(model, reference, rollouts, arguments(**vars(args) | changed), old)
+        assert (second - wrong).norm() > 1e-3 * second.norm()
+
+
+def test_the_log_of_a_step_by_hand(tiny, batch):
+    """Bugs: means over padded tokens or over rows; a KL against the policy after its update; the drift
+    without its sign taken off."""
+    policy, reference = tiny(), tiny(1).model
+    off = replace(batch, logprobs=[[x + (0.5 if i % 2 else -0.1) for i, x in enumerate(row)]
+                                   for row in batch.logprobs])
+    row = grpo.train_step(policy, reference, Nudge(policy.model), off, arguments(epochs=2))
+    drift = [0.5 if i % 2 else 0.1 for response in batch.logprobs for i in range(len(response))]
+    assert row["drift_mean"] == pytest.approx(sum(drift) / len(drift), abs=1e-4)
+    assert row["drift_max"] == pytest.approx(0.5, abs=1e-4)
+    kl, entropy = [], []
+    for prompt, response in batch.examples:
+        tokens = torch.tensor([prompt + response])
+        pi, ref = (model(input_ids=tokens).logits[0, len(prompt) - 1:-1].log_softmax(-1).detach()
+                   for model in (tiny().model, reference))
+        d = (ref - pi).gather(1, torch.tensor(response)[:, None])[:, 0]
+        kl += (d.exp() - 1 - d).tolist()
+        entropy += (-(pi.exp() * pi).sum(-1)).tolist()
+    assert row["kl"] == pytest.approx(sum(kl) / len(kl), rel=1e-4)
+    assert row["entropy"] == pytest.approx(sum(entropy) / len(entropy), rel=1e-5)
+
+
+def test_shares_of_groups_by_hand(monkeypatch):
+    """Bugs: all_wrong and all_right swapped; groups counted by their rewards, which --format-reward moves."""
+    right = torch.tensor([[0., 0.], [0., 1.], [1., 1.], [1., 1.], [0., 0.], [1., 0.], [1., 1.], [1., 1.]])
+    rollouts = grpo.Rollouts([([0], [1] * 3)] * 15 + [([0], [1] * 19)], None, right + 0.05, right,
+                             ["length"] * 4 + ["eos"] * 12)
+    monkeypatch.setattr(grpo, "roll_out", lambda *_: rollouts)
+    monkeypatch.setattr(grpo, "train_step", lambda *_: {})
+    _, row = grpo.take_step(None, None, None, [], 1, None, SimpleNamespace(n=2, lr_decay=0))
+    by_hand = dict(all_wrong=0.25, mixed=0.25, all_right=0.5, accuracy=10 / 16, reward=10 / 16 + 0.05,
+                   mean_tokens=4, cut_rate=0.25)
+    assert {name: row[name] for name in by_hand} == pytest.approx(by_hand)
+
+
+def test_learning_rate_of_each_step(monkeypatch):
+    """Bugs: a decay that begins with the first step, ends above or below its last share, or follows the steps
+    since a resume."""
+    rates, group = [], {"lr": 8.0}
+    optimizer = SimpleNamespace(adam=SimpleNamespace(param_groups=[group]))
+    rollouts = grpo.Rollouts([([0], [1])] * 2, None, torch.ones(1, 2), torch.ones(1, 2), ["eos"] * 2)
+    monkeypatch.setattr(grpo, "roll_out", lambda *_: rollouts)
+    monkeypatch.setattr(grpo, "train_step", lambda *_: rates.append(group["lr"]) or {})
+    args = SimpleNamespace(n=2, lr=8.0, lr_decay=0.4, steps=10)
+    for step in range(1, 11):
+        grpo.take_step(None, None, optimizer, [], step, None, args)
+    assert rates == [8.0] * 7 + [6.0, 4.0, 2.0]  # (10 - step + 1) / (0.4 * 10) of it
+    rates.clear()
+    grpo.take_step(None, None, optimizer, [], 9, None, args)  # as after a resume
+    assert rates == [4.0]
+
+
+def test_adamw_by_hand(tiny, batch):
+    """Bugs: --max-grad-norm that scales the logged norm, or nothing; --weight-decay that is scaled by the
+    gradient (Adam's L2 in place of AdamW); --lr or betas that are the library's."""
+    policy = tiny()
+    before = [p.detach().clone() for p in policy.model.parameters()]
+    optimizer = sft.Optimizer(policy.model, lr=0.01, weight_decay=0.3)
+    policy.reference = None
+    gradient, row = step_gradient(policy, batch, beta=0)
+    norm = gradient.norm().item()
+    row = grpo.train_step(policy, None, optimizer, batch, arguments(beta=0, max_grad_norm=norm / 7))
+    assert row["grad_norm"] == pytest.approx(norm, rel=1e-4)
+    parts = gradient.div(7).split([p.numel() for p in before])
+    for p, old, g in zip(policy.model.parameters(), before, parts):
+        moments = optimizer.adam.state[p]
+        assert torch.allclose(moments["exp_avg"].flatten(), 0.1 * g, rtol=1e-3, atol=1e-9)
+        assert torch.allclose(moments["exp_avg_sq"].flatten(), 0.05 * g * g, rtol=1e-3, atol=1e-12)
+        by_hand = old * (1 - 0.01 * 0.3) - 0.01 * (g / (g.abs() + 1e-8)).view_as(old)
+        large = (g.abs() > 1e-5).view_as(old)  # below, rounding decides the sign
+        assert torch.allclose(p[large], by_hand[large], rtol=1e-4, atol=1e-5)
+
+
+def test_seeds_are_distinct_over_runs_and_steps(tiny, monkeypatch):
+    """Bugs: seed + step, so that step 2 of seed 0 draws what step 1 of seed 1 drew; the same draws in the
+    filter; a sampler at temperature 1."""
+    seeds, policy = [], tiny()
+
+    def spy(_, prompts, n, max_new_tokens, max_batch, temperature, seed):
+        assert (n, max_new_tokens, max_batch, temperature) == (2, 20, 5, 0.7)
+        seeds.append(seed)
+        return []
+    monkeypatch.setattr(sample, "generate", spy)
+    for seed in range(4):
+        for step in (*range(-500, 0, 20), *range(0, 1000)):
+            grpo.roll_out(policy, [], arguments(seed=seed, temperature=0.7), step, 2, 5)
+    assert len(set(seeds)) == len(seeds) == 4 * 1025
+
+
+def test_problems_of_sft_rl_and_validation_are_disjoint(tmp_path):
+    """Bugs: held-out problems that are trained on; RL on the problems that the SFT policy has learned by
+    heart."""
+    prints = lambda problems: {data.fingerprint(problem.question) for problem in problems}
+    args = SimpleNamespace(seed=3, data=None, eval_n=100, eval_every=1, n=300, method="vanilla", behaviors=(),
+                           p=0.1)
+    options = dict(task="igsm", ops=(3, 4))
+    source, held_out = grpo.problem_source(args, options)
+    trained = prints(p for p, _ in zip(source(), range(300)))
+    learned = prints(sft.answered_problems(args, options))
+    assert len(trained) == len(learned) == 300 and len(prints(held_out)) == 100
+    assert not trained & learned and not prints(held_out) & (trained | learned)
+    assert {data.split_of(p.question) for p in held_out} == {"val"}
+    data.write_records(tmp_path / "p.jsonl", ({"question": str(i), "answer": i} for i in range(37)))
+    for wanted, count in ((2, 2), (99, 3)):  # at most a tenth
+        source, held_out = grpo.problem_source(SimpleNamespace(data=tmp_path / "p.jsonl", eval_n=wanted,
+                                                               eval_every=1), {})
+        assert [p.answer for p in [*source(), *held_out]] == list(range(37)) and len(held_out) == count
+    stream = lambda done: grpo.problem_stream(source, [0, 5, 7], SimpleNamespace(data="p", prompts=2), done)
+    assert [p.answer for p, _ in zip(stream(0), range(7))] == [0, 5, 7, 0, 5, 7, 0]
+    assert [p.answer for p, _ in zip(stream(2), range(3))] == [5, 7, 0]
+
+
+def test_what_was_watched_survives_a_resume(script, tmp_path, tiny_file, monkeypatch):
+    """Bugs: a run that is killed now and then waits for ever for a mixed group; a late drift that stops a
+    resumed run, as if it were its first."""
+    base = ["grpo.py", "--ckpt", tiny_file, "--steps", 50, *SMALL[:-1], 5]
+    row, seen = sft.Log.row, []
+    monkeypatch.setattr(grpo, "watch", lambda row, args, examples, checked: seen.append(checked) or True)
+
+    def interrupted(log, **values):
+        row(log, **values)
+        if values["step"] == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+    monkeypatch.setattr(sft.Log, "row", interrupted)
+    assert script(*base).returncode == 130
+    check_refusal(script(*base, "--resume"), ["no mixed group in 5 steps"])
+    assert len(outcome_rows(tmp_path / "grpo.csv")) == 5 and seen == [False, True, True, True, True]
+
+
+def outcome_rows(path):
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("flags, seen", [
+    (["--lr", 0.5, "--weight-decay", 0.25], (0.5, 0.25)), ([], (2e-4, 0.01))])
+def test_the_optimizer_gets_its_flags(flags, seen, script, tiny_file, monkeypatch):
+    """Bug: a flag that ends in args, and a default that trains."""
+    class Seen(Exception):
+        pass
+
+    def stop(model, lr, weight_decay):
+        raise Seen(lr, weight_decay)
+    monkeypatch.setattr(sft, "Optimizer", stop)
+    with pytest.raises(Seen) as stopped:
+        script("grpo.py", "--ckpt", tiny_file, *SMALL, *flags)
+    assert stopped.value.args == seen
+    with pytest.raises(Seen) as stopped:
+        script("sft.py", "--model", tiny_file, "--n", 4, "--ops", 1, 1, *flags)
+    assert stopped.value.args == (seen if flags else (1e-3, 0.01))
+
+
 def test_gradient_checkpointing_recomputes(tiny, batch):
     """Bugs: a switch that does nothing outside training mode; one that turns dropout on."""
     policy, calls = tiny(), []
@@ -656,6 +919,22 @@ def test_guard_rails(row, words):
     assert grpo.watch(healthy, arguments(), [None], False) is True
     with pytest.raises(data.InputError, match=words):
         grpo.watch(healthy | row, arguments(), [None], False)
+
+
+def test_the_bounds_of_the_warnings(capsys):
+    """Bugs: a drift of 0.0201 that passes or 0.0199 that stops; a late drift that throws a run away; one
+    dropped rollout or one cut in ten that warns."""
+    healthy = dict(step=3, loss=0.0, grad_norm=0.1, drift_mean=0.0199, cut_rate=0.29, mixed=0.5, dropped=4)
+    assert grpo.watch(healthy, arguments(), [None] * 10, True) is True
+    assert "warning" not in "".join(capsys.readouterr())
+    assert grpo.watch(healthy | {"mixed": 0, "grad_norm": 0.0}, arguments(), [None] * 10, False) is False
+    for row, words in (({"drift_mean": 0.0201}, "disagree"), ({"cut_rate": 0.3}, "30% of the rollouts"),
+                       ({"dropped": 5}, "dropped 5 of 10")):
+        assert grpo.watch(healthy | row, arguments(), [None] * 10, True) is True
+        printed = capsys.readouterr()
+        assert "warning" in printed.out + printed.err and words in printed.out + printed.err
+    with pytest.raises(data.InputError, match="disagree"):
+        grpo.watch(healthy | {"drift_mean": 0.0201}, arguments(), [None] * 10, False)
 
 
 def test_a_stop_for_numbers_leaves_the_last_good_state(script, tmp_path, tiny_file, monkeypatch):

@@ -100,9 +100,37 @@ def test_each_behavior_has_its_switch(behaviors, problems):
         assert {name for name, k in counts.items() if k} == set(behaviors)
 
 
+def test_each_behavior_has_its_probability(problems):
+    """--p-analysis and --p-reflection swapped, or one of them for both."""
+    for p in ({"analysis": 1, "reflection": 0}, {"analysis": 0, "reflection": 1}):
+        for problem in problems["ops 15-20"][:20]:
+            (_, text), = inject.augment(problem, "bridge", p=p)
+            report = data.check_trace(problem, text)
+            locked = any(problem.nodes[node].parents for node, _ in plain_steps(problem, problem.response))
+            described = sum(problem.nodes[node].text != ""
+                            for node, _ in plain_steps(problem, problem.response))
+            assert report.analyses == p["analysis"] * described
+            assert bool(report.reflections) == bool(p["reflection"] and locked)
+
+
+@pytest.mark.parametrize("flags, p, seed, official", [
+    ([], (0.1, 0.1), 0, False), (["--p", 0.4], (0.4, 0.4), 0, False), (["--seed", 3], (0.1, 0.1), 3, False),
+    (["--p", 0.4, "--p-analysis", 0.2], (0.2, 0.4), 0, False), (["--p-reflection", 0], (0.1, 0), 0, False),
+    (["--official"], (0.1, 0.1), 0, True)])
+def test_flags_reach_the_injection(flags, p, seed, official, script, tmp_path):
+    """Another default of --p than the paper's 0.1; a probability of 0 taken for none given; a seed left
+    behind."""
+    assert script("data.py", "--n", 20, "--out", "train.jsonl").returncode == 0
+    assert script("inject.py", "train.jsonl", *flags, "--out", "out.jsonl").returncode == 0
+    options = dict(p=dict(zip(("analysis", "reflection"), p)), seed=seed, official=official)
+    expected = [text for problem in data.read_problems(tmp_path / "train.jsonl", graph=True)
+                for _, text in inject.augment(problem, "bridge", **options)]
+    assert [problem.response for problem in data.read_problems(tmp_path / "out.jsonl")] == expected
+
+
 def test_official_departs_as_the_released_code_does(problems):
     """--official that draws as the paper: analyses go by the in-degree, reflections solve nodes early."""
-    seen, early = {k: Counter() for k in range(5)}, 0
+    seen, early, detours = {k: Counter() for k in range(5)}, 0, Counter()
     for problem in problems["ops 20"] + problems["ops 25"]:
         for seed in range(1 if FULL else 5):
             (_, text), = inject.augment(problem, "bridge", p=.3, official=True, seed=seed)
@@ -115,6 +143,16 @@ def test_official_departs_as_the_released_code_does(problems):
         n = sum(seen[parents].values())
         assert n > 20 and abs(seen[parents][True] - p * n) <= 4 * (n * p * (1 - p)) ** .5
     assert early > 0
+    rng = random.Random(0)
+    for problem in problems["ops 20"]:  # 70% of the detours fall on a node that the answer needs
+        needed, letters = data.needed_nodes(problem.nodes, problem.target), {}
+        first, *_ = data.read_steps(problem, problem.response)
+        if len(needed) < len(problem.nodes):
+            for _ in range(40):
+                step = inject.take_detour(problem, first, set(), dict(letters), rng, official=True)
+                detours[step.node in needed] += 1
+    n = detours.total()
+    assert n > 300 and abs(detours[True] - 0.7 * n) <= 4 * (n * 0.7 * 0.3) ** .5
 
 
 def test_a_problem_is_edited_alike_wherever_it_stands(problems):

@@ -87,11 +87,44 @@ def test_gradient_is_the_same_for_1_2_3_7_and_all_rows(tiny, checkpointing):
 
 def test_micro_batches_cover_every_row_once_within_the_bound():
     """Bugs: a row lost or doubled at a group's border; a group over the memory bound."""
-    lengths = [Random(1).randint(5, 90) for _ in range(101)]
+    rng = Random(1)
+    lengths = [rng.randint(5, 90) for _ in range(101)]
+    assert len(set(lengths)) > 50
     groups = sft.micro_batches(lengths, 256)
     assert sorted(row for group in groups for row in group) == list(range(101))
     assert all(max(lengths[r] for r in group) * len(group) <= 256 for group in groups)
+    computed = sum(max(lengths[r] for r in group) * len(group) for group in groups)
+    assert computed < 1.1 * sum(lengths)  # in the order of the rows, a third more
+    in_order = [lengths[i:i + 2] for i in range(0, 101, 2)]
+    assert sum(max(pair) * len(pair) for pair in in_order) > 1.2 * sum(lengths)
     assert sft.micro_batches([1000], 256) == [[0]]  # one row at least
+
+
+def test_batches_go_through_the_rows_of_every_epoch():
+    """Bugs: the same order in every epoch or for every seed; a short last batch lost; rows drawn twice."""
+    batches = sft.draw_batches(10, 4, epochs=3, seed=5)
+    assert [len(batch) for batch in batches] == [4, 4, 2] * 3
+    epochs = [sum(batches[i:i + 3], []) for i in (0, 3, 6)]
+    assert all(sorted(rows) == list(range(10)) for rows in epochs) and len(set(map(tuple, epochs))) == 3
+    assert sft.draw_batches(10, 4, 3, 5) == batches != sft.draw_batches(10, 4, 3, 6)
+    assert sft.draw_batches(10, 4, 1, 5) == batches[:3]
+
+
+@pytest.mark.parametrize("flags, p, behaviors", [
+    ([], 0.3, inject.BEHAVIORS), (["--p", 0.7], 0.7, inject.BEHAVIORS),
+    (["--behaviors", "analysis"], 0.3, ["analysis"]), (["--method", "rc-aug"], 0.3, inject.BEHAVIORS)])
+def test_fresh_answers_follow_their_flags(flags, p, behaviors, script, tiny_file, monkeypatch):
+    """Bugs: another default of --p than the help's; a method, a behavior or a seed that does not arrive."""
+    seen, augment = [], inject.augment
+
+    def spy(problem, method, behaviors, p, seed):
+        seen.append((method, tuple(behaviors), p, seed))
+        return augment(problem, method, behaviors, p, seed=seed)
+    monkeypatch.setattr(inject, "augment", spy)
+    result = script("sft.py", "--model", tiny_file, "--n", 6, "--ops", 2, 2, "--seed", 4, *flags)
+    assert result.returncode == 0, result.stderr
+    method = flags[1] if "--method" in flags else "bridge"
+    assert seen == [(method, tuple(behaviors), p, 4)] * 6
 
 
 def test_bf16_weights_keep_small_updates():

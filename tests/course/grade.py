@@ -364,8 +364,8 @@ class Ungradable(Exception):
 def reference_values(exercise, number, seed, cache):
     result = run_in_sandbox(exercise, number, None, seed, False, (60, 4), cache)
     if "error" in result:
-        raise Ungradable(f"exercise {number}: its reference does not run here ({result['error']}); mend that, "
-                         "or leave it out: name all others in --exercises")
+        raise Ungradable(f"exercise {number}: its reference does not run here ({result['error']}); "
+                         "mend that, or leave it out: name all others in --exercises")
     return result["values"]
 
 

@@ -87,8 +87,8 @@ def test_nothing_in_the_students_copy_gives_an_answer_away(students):
     pictures = [f"results/tiny/{path.name}" for path in (grade.ROOT / "results/tiny").glob("*.png")]
     assert files == sorted([*(f"{chapter}.py" for chapter in grade.CHAPTERS), "EXERCISES.md", "README.md",
                             "requirements.txt", "results/tiny/base.pt", *pictures,
-                            "tests/course/exercises.py", "tests/course/grade.py", "tests/course/expected.json",
-                            "tests/course/experiments/answers.json"])
+                            "tests/course/exercises.py", "tests/course/grade.py",
+                            "tests/course/expected.json", "tests/course/experiments/answers.json"])
     texts = [name for name in files if name.endswith((".py", ".md", ".json"))]
     everything = "\n".join(grade.read(students / name) for name in texts)
     lines = "\n".join(REFERENCE.values()).split("\n")
