@@ -5,6 +5,8 @@
     python eval.py --ckpt sft.pt grpo.pt --data test.jsonl
     python eval.py --curves grpo.csv --plot reward.png      # the training log as a figure
     python eval.py --ckpt sft.pt grpo.pt --results results.csv && python eval.py --report results.csv
+    python eval.py --ckpt sft.pt grpo.pt --html report.html # all of it on one page, with answers to look at
+    python eval.py --ckpt sft.pt half.pt grpo.pt --influence
 
 Accuracy is exact match of the boxed integer, greedy, on held-out problems (a hash of the text keeps them
 apart from everything trained on). Beside it stand its 95% interval and the score of a policy that always
@@ -19,12 +21,17 @@ Two kinds of chance are kept apart. Between two checkpoints on the same problems
 whether the *problems* could explain the difference. Between two methods only fresh *seeds* count: every seed
 trains both, and the report gives the mean of the paired differences with its t-interval.
 
-Twenty minutes to read. Parts 1, 2 and 4 are the idea; the figures (3) and the command (5) can wait.
+Why does RL lift one policy and not another? --influence computes, before a step is taken, what it would
+change (section 3), for several checkpoints of a run side by side.
+
+Half an hour to read. Sections 1, 2, 3 and 5 are the idea; figures (4), page (6) and command (7) can wait.
 """
-import csv, importlib.util, itertools, json, math, os, re, statistics, sys
+import base64, csv, html, importlib.util, io, itertools, json, math, os, re, statistics, string, sys
 from collections import Counter, defaultdict
 
-import data, sample
+import torch
+
+import data, inject, sample, sft, grpo
 
 
 # --------------------------------------------------------------------------- 1. How sure? Intervals and tests
@@ -119,8 +126,9 @@ def behaviors(reports):
 
 
 def measure_rollouts(policy, problems, max_new_tokens, samples, seed):
-    """`samples` rollouts a problem at temperature 1. correct, process: of all rollouts; mean: share right;
-    histogram[c]: the share of problems with c right rollouts, c = 0 ... samples."""
+    """`samples` rollouts a problem at temperature 1 -> (scores, groups, rewards), the last two as `influence`
+    takes them. correct, process: of all rollouts; mean: share right; histogram[c]: the share of problems with
+    c right rollouts, c = 0 ... samples; shown: the rollouts of the first problems as text."""
     prompts = [sample.encode_prompt(policy.tokenizer, p.question) for p in problems]
     groups = sample.generate(policy, prompts, samples, max_new_tokens, 1.0, seed)
     texts = [sample.decode(policy.tokenizer, rollout.tokens) for group in groups for rollout in group]
@@ -128,17 +136,24 @@ def measure_rollouts(policy, problems, max_new_tokens, samples, seed):
     hits = [data.reward(t, p.answer) == 1 for p, t in zip(asked, texts)]
     right = [sum(hits[i:i + samples]) for i in range(0, len(hits), samples)]  # for each problem
     tries = [k for k in sorted({1, 2, 4, 8, samples}) if k <= samples]
-    return {"samples": samples, "correct": sum(hits), "process": process_verified(hits, check(asked, texts)),
-            "mean": sum(hits) / len(hits),
-            "histogram": [right.count(c) / len(right) for c in range(samples + 1)],
-            "pass_at": {k: pass_at_k(right, samples, k) for k in tries}}
+    reports = check(asked, texts)
+    scores = {"samples": samples, "correct": sum(hits), "process": process_verified(hits, reports),
+              "mean": sum(hits) / len(hits),
+              "histogram": [right.count(c) / len(right) for c in range(samples + 1)],
+              "pass_at": {k: pass_at_k(right, samples, k) for k in tries},
+              "shown": [texts[i:i + samples] for i in range(0, len(texts), samples)][:SHOWN]}
+    if reports:
+        scores["behaviors"] = behaviors(reports)
+    pairs = [[(prompt, r.tokens) for r in group] for prompt, group in zip(prompts, groups)]
+    return scores, pairs, torch.tensor(hits).view(len(problems), samples).float()
 
 
-def measure(policy, problems, max_new_tokens=512, samples=0, seed=0):
+def measure(policy, problems, max_new_tokens=512, samples=0, seed=0, analyses=(), micro_tokens=4096):
     """All figures of one policy on one set of problems, as --json writes them.
 
     n, correct, process: counts (greedy; process is None where problems have no graph); hits: 0 or 1 for each
-    problem; accuracy, ci95, majority, format_rate, cut_rate: shares; mean_tokens: tokens a response."""
+    problem; accuracy, ci95, majority, format_rate, cut_rate: shares; mean_tokens: tokens a response.
+    analyses: of the rollouts, "influence" and "entropy"."""
     greedy = sample.greedy_accuracy(policy, problems, max_new_tokens)
     reports = check(problems, greedy["texts"])
     copied = ("n", "correct", "accuracy", "format_rate", "cut_rate", "mean_tokens")
@@ -148,7 +163,13 @@ def measure(policy, problems, max_new_tokens=512, samples=0, seed=0):
     if reports:
         scores["behaviors"] = behaviors(reports)
     if samples:
-        scores["rollouts"] = measure_rollouts(policy, problems, max_new_tokens, samples, seed)
+        scores["rollouts"], groups, rewards = measure_rollouts(policy, problems, max_new_tokens, samples,
+                                                               seed)
+        policy.engine = None  # the sampler's cache: its memory is needed now
+    if "influence" in analyses:
+        scores["influence"] = measure_influence(policy, groups, rewards, micro_tokens)
+    if "entropy" in analyses:
+        scores |= measure_entropy(policy, problems, itertools.chain(*groups), seed, micro_tokens)
     return scores
 
 
@@ -159,7 +180,125 @@ def compare(results):
             for a, b in itertools.combinations(results, 2) for split in a["splits"]]
 
 
-# ------------------------------------------------------------------------------------------------- 3. Figures
+# -------------------------------------------- 3. What a step of GRPO would change: influence; and the entropy
+# A step on the rollouts of one query q changes the expected reward of all queries by (Proposition 3.1, per
+# unit of learning rate; o+ and o- are right and wrong rollouts of q, alpha is the share of right ones)
+#
+#     dJ(q) = mean over (q', o') of sqrt(alpha (1 - alpha)) A(q', o') (mean of K(o', o+) - mean of K(o', o-))
+#     K(o', o) = <grad log pi(o'|q'), grad log pi(o|q)>                                      (co-influence)
+#
+# Q N rollouts make (Q N)^2 pairs, but an inner product is linear: the mean over (q', o') moves inside,
+#
+#     dJ(q) = <own(q), G>        G = mean over (q', o') of A(q', o') grad log pi(o'|q')
+#     own(q) = sqrt(alpha (1 - alpha)) (mean of grad log pi(o+|q) - mean of grad log pi(o-|q))
+#
+# G is one backward pass over everything, own(q) one over the rollouts of q: no pair is formed, nothing is
+# projected. (The paper projects 16,000 gradients to 8,192 random dimensions, App. B.7, to estimate this.) G
+# is the direction in which GRPO moves and own(q), but for a constant, what q adds to it. So the mean of dJ is
+# about |G|^2, and a query is among those that it influences: with few queries most of dJ can be that.
+def make_batches(policy, examples, weights, micro_tokens):
+    """(prompt tokens, response tokens) pairs and a number for each, as grpo.py's micro-batches."""
+    for rows in grpo.pack(examples, micro_tokens):
+        some = [examples[row] for row in rows]
+        unused = [[0.0] * len(response) for _, response in some]  # log-probs of the sampler
+        yield grpo.make_batch(some, unused, weights[rows], policy.device)
+
+
+def gradient(policy, examples, weights, temperature, micro_tokens):
+    """sum_i weights[i] grad log pi(o_i|q_i) as one vector (P,), summed in fp32 at least."""
+    params = [p for p in policy.model.parameters() if p.requires_grad]
+    sizes, dtype = [p.numel() for p in params], torch.promote_types(params[0].dtype, torch.float32)
+    total = torch.zeros(sum(sizes), dtype=dtype, device=policy.device)
+    for batch in make_batches(policy, examples, weights, micro_tokens):
+        logprob, _ = batch.logprobs(policy.model, temperature)  # (B, T), 0 behind a response's end
+        parts = torch.autograd.grad(batch.advantages @ logprob.sum(dim=1), params)
+        for slot, part in zip(total.split(sizes), parts):
+            slot += part.flatten()
+    return total
+
+
+def influence_with_own(policy, groups, rewards, temperature, micro_tokens):
+    """alpha, dJ, and the part of dJ that is a query's influence on itself, (Q,) each."""
+    Q, N = rewards.shape
+    alpha, delta, itself = rewards.mean(dim=1), torch.zeros(Q), torch.zeros(Q)
+    signal, advantages = (alpha * (1 - alpha)).sqrt(), grpo.group_advantages(rewards)
+    mixed = signal.nonzero().flatten().tolist()  # in all others the advantages and the signal are 0
+    rollouts = [pair for q in mixed for pair in groups[q]]
+    G = gradient(policy, rollouts, advantages[mixed].flatten() / (Q * N), temperature, micro_tokens)
+    for q in mixed:
+        right, wrong = rewards[q], 1 - rewards[q]
+        weights = signal[q] * (right / right.sum() - wrong / wrong.sum())  # (N,)
+        own = gradient(policy, groups[q], weights, temperature, micro_tokens)
+        delta[q] = own @ G
+        in_G = advantages[q, 0] / (Q * N) / weights[0]  # the advantages are these weights times a constant
+        itself[q] = in_G * (own @ own)
+    return alpha, delta, itself
+
+
+def influence(policy, groups, rewards, temperature=1.0, leave_one_out=False, micro_tokens=4096):
+    """Influence of a GRPO step on each of Q queries (Proposition 3.1) -> (alpha (Q,), delta (Q,)).
+
+    groups[q]: N pairs (prompt ids, response ids), rollouts of query q at this temperature; rewards (Q, N):
+    1.0 where right, else 0.0. alpha: share of right rollouts. delta: dJ above, in reward per unit of learning
+    rate; exactly 0 where all rollouts are right or all wrong. leave_one_out: G is the mean over the other
+    queries. log pi(o|q) is the sum over the response's tokens, A is grpo.group_advantages. micro_tokens:
+    tokens in one forward pass. Beside the weights it holds three gradients: not more than sft.py's AdamW.
+    Raises ValueError for other shapes."""
+    Q, N = rewards.shape
+    if [len(group) for group in groups] != [N] * Q or Q < 1 + leave_one_out:
+        raise ValueError("rewards must be (queries, rollouts), one for each pair of groups; "
+                         "leave_one_out needs two queries")
+    alpha, delta, itself = influence_with_own(policy, groups, rewards.float(), temperature, micro_tokens)
+    return alpha, (delta - itself) * Q / (Q - 1) if leave_one_out else delta
+
+
+def measure_influence(policy, groups, rewards, micro_tokens):
+    """alpha, delta, itself: of each query, as above; mean, signal: means over all queries of dJ and
+    sqrt(alpha (1 - alpha)); on_others: mean dJ with leave_one_out, since what a query is to itself is never
+    negative; co_influence: mean of dJ / signal over mixed queries; by_right[c]: mean dJ of the queries with c
+    right rollouts, None where there is none."""
+    alpha, delta, itself = influence_with_own(policy, groups, rewards, 1.0, micro_tokens)
+    signal, right = (alpha * (1 - alpha)).sqrt(), rewards.sum(dim=1)
+    by_right = [delta[right == c].tolist() for c in range(rewards.shape[1] + 1)]
+    mixed, others = signal > 0, len(groups) / max(1, len(groups) - 1)
+    return {"mean": delta.mean().item(), "on_others": (delta - itself).mean().item() * others,
+            "signal": signal.mean().item(),
+            "co_influence": (delta / signal)[mixed].mean().item() if mixed.any() else None,
+            "by_right": [statistics.mean(values) if values else None for values in by_right],
+            "alpha": alpha.tolist(), "delta": delta.tolist(), "itself": itself.tolist()}
+
+
+@torch.no_grad()
+def token_values(policy, examples, micro_tokens):
+    """Log-prob and entropy of every response token, (tokens,) each, in nats."""
+    values = []
+    for batch in make_batches(policy, examples, torch.zeros(len(examples)), micro_tokens):
+        values.append([value[batch.mask] for value in batch.logprobs(policy.model, 1.0)])
+    return [torch.cat(parts) for parts in zip(*values)]
+
+
+def sft_answers(policy, problems, seed):
+    """(method, [(question, answer)]): these problems with answers like those that the policy was fine-tuned
+    on. Where nobody knows what these were like, or a problem has no graph, the problems' own answers."""
+    info = sft_info(policy)
+    if "method" not in info or info.get("data") or not all(p.nodes for p in problems):
+        return "the problems' own", [(p.question, p.response) for p in problems if p.response]
+    answers = [inject.augment(p, info["method"], info["behaviors"], info["p"], seed=seed) for p in problems]
+    return method_name(policy), list(itertools.chain(*answers))
+
+
+def measure_entropy(policy, problems, rollouts, seed, micro_tokens):
+    """entropy: median over the tokens of rollouts (nats); perplexity: of the policy on answers (whose:
+    answers) like those of its fine-tuning, to these problems; None where there are none."""
+    whose, answers = sft_answers(policy, problems, seed)
+    encoded = [(sample.encode_prompt(policy.tokenizer, question),
+                sample.encode_response(policy.tokenizer, answer)) for question, answer in answers]
+    perplexity = math.exp(-token_values(policy, encoded, micro_tokens)[0].mean()) if encoded else None
+    return {"entropy": token_values(policy, list(rollouts), micro_tokens)[1].median().item(),
+            "perplexity": perplexity, "answers": whose}
+
+
+# ------------------------------------------------------------------------------------------------- 4. Figures
 def run_of(name):
     """The run that a file belongs to, without its seed: "logs/bridge-rl-3.csv" -> "bridge-rl"."""
     return re.sub(r"-\d+$", "", os.path.splitext(os.path.basename(name))[0])
@@ -173,11 +312,18 @@ def by_run(pairs):
     return runs
 
 
-def new_figure(width, height, panels=1):
-    """A figure and its panels, side by side."""
+def new_figure(width, height, panels=1, rows=1, sharey="row"):
+    """A figure and its panels, (rows, panels); those of a row share their y-axis."""
     from matplotlib.figure import Figure  # here, because nothing else needs matplotlib
-    figure = Figure(figsize=(width * panels, height), layout="tight")
-    return figure, figure.subplots(1, panels, sharey=True, squeeze=False)[0]
+    figure = Figure(figsize=(width * panels, height * rows), layout="constrained")
+    return figure, figure.subplots(rows, panels, sharey=sharey, squeeze=False)
+
+
+def add_legend(figure, axis):
+    """The legend of one panel, above all of them, where it hides nothing."""
+    handles, labels = axis.get_legend_handles_labels()
+    columns = 1 if max(map(len, labels)) > 30 else 3
+    figure.legend(handles, labels, loc="outside upper left", ncols=columns, frameon=False, fontsize=8)
 
 
 def save_figure(figure, path):
@@ -186,29 +332,48 @@ def save_figure(figure, path):
         figure.savefig(file, format=os.path.splitext(path)[1][1:] or None, dpi=150)
 
 
-def draw_histograms(axis, runs):
-    """Rollout accuracy per problem. The seeds of one run are one bar (their mean) with a dot for each."""
+def draw_bars(axis, runs, labels=None):
+    """One group of bars for each entry of {run: [a list for each seed]}; None draws nothing. The seeds of a
+    run are one bar (their mean) with a dot for each."""
     width = 0.8 / len(runs)
     for i, (run, seeds) in enumerate(runs.items()):
-        x = [right + (i - (len(runs) - 1) / 2) * width for right in range(len(seeds[0]))]
+        seeds = [[math.nan if value is None else value for value in values] for values in seeds]
+        x = [place + (i - (len(runs) - 1) / 2) * width for place in range(len(seeds[0]))]
         shade = str(0.3 + 0.5 * i / max(1, len(runs) - 1))
         axis.bar(x, [statistics.mean(column) for column in zip(*seeds)], width=width, label=run, color=shade)
         if len(seeds) > 1:
-            for histogram in seeds:
-                axis.plot(x, histogram, "k.", markersize=3)
-    axis.set_xlabel(f"right rollouts of {len(seeds[0]) - 1}")
+            for values in seeds:
+                axis.plot(x, values, "k.", markersize=3)
+    axis.set_xticks(range(len(seeds[0])), labels)
+
+
+SPLITS = {"id": "in distribution", "ood": "out of distribution"}
+
+
+def draw_by_right(axis, results, split, kind):
+    """kind: "histogram", the share of problems by their right rollouts; "influence", their mean dJ."""
+    scores = [(r["path"], r["splits"][split]) for r in results]
+    if kind == "histogram":
+        draw_bars(axis, by_run((path, score["rollouts"]["histogram"]) for path, score in scores))
+    else:
+        draw_bars(axis, by_run((path, score["influence"]["by_right"]) for path, score in scores))
+        axis.axhline(0, color="0", linewidth=0.5)
+    axis.set_xlabel(f"right rollouts of {scores[0][1]['rollouts']['samples']}")
+    axis.set_ylabel({"histogram": "share of problems", "influence": "influence on the reward"}[kind])
+    axis.set_title(SPLITS.get(split, split))
 
 
 def plot(results, path):
-    """The histograms of all checkpoints, one panel a split."""
+    """The histograms of all checkpoints, one panel a split; below them the influence, where it was measured.
+    """
     splits = list(results[0]["splits"])
-    figure, axes = new_figure(4.5, 3.2, len(splits))
-    for axis, split in zip(axes, splits):
-        histograms = [(r["path"], r["splits"][split]["rollouts"]["histogram"]) for r in results]
-        draw_histograms(axis, by_run(histograms))
-        axis.set_title({"id": "in distribution", "ood": "out of distribution"}.get(split, split))
-    axes[0].set_ylabel("share of problems")
-    axes[0].legend(frameon=False)
+    kinds = ["histogram"] + ["influence"] * ("influence" in results[0]["splits"][splits[0]])
+    figure, axes = new_figure(4.5, 3.2, len(splits), len(kinds))
+    for kind, row in zip(kinds, axes):
+        for axis, split in zip(row, splits):
+            draw_by_right(axis, results, split, kind)
+            axis.label_outer()
+    add_legend(figure, axes[0][0])
     save_figure(figure, path)
 
 
@@ -222,6 +387,14 @@ def read_curve(path):
                 [float(row["val_accuracy"]) for row in held_out])
     except (OSError, KeyError, ValueError):
         raise data.InputError(f"{path}: not a CSV file that grpo.py wrote") from None
+
+
+def is_curve(path):
+    """Whether there is such a file at `path`."""
+    try:
+        return bool(read_curve(path)[0])
+    except data.InputError:
+        return False
 
 
 def draw_rewards(axis, run, seeds, shade, style):
@@ -240,9 +413,8 @@ def draw_rewards(axis, run, seeds, shade, style):
     axis.plot(steps, mean, style, color=shade, linewidth=2, label=label)
 
 
-def plot_curves(paths, path):
+def draw_curves(axis, paths):
     """Reward against step. A single log also shows its greedy accuracy on held-out problems."""
-    figure, (axis,) = new_figure(6, 3.4)
     runs = by_run((name, read_curve(name)) for name in paths)
     for i, (run, logs) in enumerate(runs.items()):
         shade, style = str(0.55 * i / max(1, len(runs) - 1)), ("-", "--", ":")[i % 3]
@@ -255,24 +427,74 @@ def plot_curves(paths, path):
     axis.set_xlabel("GRPO step")
     axis.set_ylabel("share right")
     axis.set_ylim(0, 1)
-    axis.legend(frameon=False, fontsize=8, loc="upper left")
+
+
+def plot_curves(paths, path):
+    """The training logs as one figure."""
+    figure, axes = new_figure(6, 3.4)
+    draw_curves(axes[0][0], paths)
+    add_legend(figure, axes[0][0])
     save_figure(figure, path)
 
 
-# ----------------------------------------------------------- 4. Many seeds: results.csv, and the report on it
+def draw_intervals(axis, rows, names):
+    """names and rows: {label: [(mean, low, high) for each name]}, one line each, the first on top. NaN, where
+    there is no interval or no value, draws nothing."""
+    for i, name in enumerate(names):
+        mean, low, high = zip(*(intervals[i] for intervals in rows.values()))
+        y = [place + 0.25 * (i - (len(names) - 1) / 2) for place in range(len(rows))]
+        # a mean without an interval is drawn, one without a value is not
+        spread = [[m - x for m, x in zip(mean, low)], [x - m for m, x in zip(mean, high)]]
+        axis.errorbar(mean, y, xerr=spread, fmt="os^"[i % 3], label=name, color="0.2", capsize=3,
+                      markerfacecolor="0.2" if i == 0 else "1")
+    axis.set_yticks(range(len(rows)), rows)
+    axis.set_ylim(len(rows) - 0.4, -0.6)
+    axis.set_xlim(-0.02, 1.02)
+    axis.set_xlabel("share right")
+
+
+# ----------------------------------------------------------- 5. Many seeds: results.csv, and the report on it
 KEY = ("task", "method", "seed", "stage", "split", "ops")  # names a row; ops: operations, promptbench: depth
-COLUMNS = (*KEY, "n", "correct", "process")  # process: empty where no steps were checked
+# process: empty where no steps were checked; p: of injection, empty where nothing was or nobody knows
+COLUMNS = (*KEY, "n", "correct", "process", "p")
+
+
+def sft_info(policy):
+    """The arguments of the SFT run that a checkpoint goes back to."""
+    info = policy.info or {}
+    while info.get("stage") == "grpo":
+        info = info.get("base") or {}
+    return info
+
+
+def method_name(policy, name=""):
+    """The method of the SFT answers: "vanilla", "bridge", "subgoal" (a behavior alone), "bridge-p0.1" (with
+    another p than the preset's)."""
+    info = sft_info(policy)
+    if info.get("data"):  # the answers came from a file, and sft.py's --method says nothing about it
+        return run_of(info["data"])
+    method, behaviors = info.get("method", run_of(name)), info.get("behaviors", inject.BEHAVIORS)
+    if method != "bridge" or "p" not in info:
+        return method
+    if set(behaviors) != set(inject.BEHAVIORS):
+        method = "+".join(behavior for behavior in inject.BEHAVIORS if behavior in behaviors) or "vanilla"
+    used = set(behaviors) - {"subgoal"} and info["p"] != sft.preset(policy.model, sft.PRESETS)["p"]
+    return f"{method}-p{info['p']:g}" if used else method
+
+
+def injection_p(policy):
+    """p of the SFT answers, 0 for subgoals alone; None where nothing was injected or a file was read."""
+    info = sft_info(policy)
+    if info.get("method") != "bridge" or info.get("data") or not info.get("behaviors"):
+        return None
+    return 0.0 if info["behaviors"] == ["subgoal"] else info.get("p")
 
 
 def origin(policy, name):
     """(method of the SFT answers, seed, stage) of a checkpoint, from the arguments that are kept in it."""
     info = policy.info or {}
-    seed, stage = info.get("seed", 0), "rl" if info.get("stage") == "grpo" else "sft"
-    while info.get("stage") == "grpo":
-        info = info.get("base") or {}
-    if info.get("data"):  # the answers came from a file, and sft.py's --method says nothing about it
-        return run_of(info["data"]), seed, stage
-    return info.get("method", run_of(name)), seed, stage
+    stage = "rl" if info.get("stage") == "grpo" else "sft"
+    return method_name(policy, name), info.get("seed", 0), stage
 
 
 def cells(policy, name, splits, scores):
@@ -283,18 +505,20 @@ def cells(policy, name, splits, scores):
         sizes = [p.depth if p.task == "promptbench" else p.ops for p in problems]
         tasks = "+".join(sorted({p.task for p in problems}))
         row = dict(task=tasks, seed=seed, split=split, ops=f"{min(sizes)}-{max(sizes)}", n=n)
-        yield row | dict(method=method, stage=stage, correct=score["correct"], process=score["process"])
+        yield row | dict(method=method, stage=stage, correct=score["correct"], process=score["process"],
+                         p=injection_p(policy))
         yield row | dict(method="majority", stage="", correct=round(score["majority"] * n), process=None)
 
 
 def read_results(path):
-    """The rows of results.csv. Older files have no column task (then igsm) and no process (then None)."""
+    """The rows of results.csv. Older files have no task (then igsm), no process and no p (then None)."""
     try:
         with open(path, newline="") as file:
-            rows = [{"task": "igsm", "process": ""} | row for row in csv.DictReader(file)]
+            rows = [{"task": "igsm", "process": "", "p": ""} | row for row in csv.DictReader(file)]
         for row in rows:
             row |= {name: int(row[name]) for name in ("seed", "n", "correct")}
             row["process"] = int(row["process"]) if row["process"] else None
+            row["p"] = float(row["p"]) if row["p"] else None
         return [{name: row[name] for name in COLUMNS} for row in rows]
     except (OSError, KeyError, ValueError, TypeError):
         columns = ", ".join(COLUMNS)
@@ -312,13 +536,14 @@ def write_results(path, new):
 
 
 def shares(rows):
-    """{(task, split): {(method, stage): {seed: share right}}}; stage "process": process-verified after RL."""
+    """{(task, split): {(method, stage): {seed: share right}}}; stages "sft-process", "rl-process":
+    process-verified."""
     found = defaultdict(lambda: defaultdict(dict))
     for row in rows:
         cell = found[row["task"], row["split"]]
         cell[row["method"], row["stage"]][row["seed"]] = row["correct"] / row["n"]
-        if row["stage"] == "rl" and row["process"] is not None:
-            cell[row["method"], "process"][row["seed"]] = row["process"] / row["n"]
+        if row["process"] is not None:
+            cell[row["method"], row["stage"] + "-process"][row["seed"]] = row["process"] / row["n"]
     return found
 
 
@@ -338,21 +563,23 @@ def percent(values, seeds, sign=""):
 def report(path):
     """results.csv as a table of means over seeds, then bridge against vanilla. Only paired seeds count: those
     with both stages in the table, those with both methods in the comparison."""
-    lines = ["| task | split | method | seeds | SFT | RL | gain | process-verified after RL | majority |",
-             "|---|---|---|---|---|---|---|---|---|"]
+    lines = ["| task | split | method | seeds | SFT | RL | gain | process-verified SFT | process-verified RL "
+             "| majority |",
+             "|---|---|---|---|---|---|---|---|---|---|"]
     comparisons = []
     for (task, split), cell in sorted(shares(read_results(path)).items()):
         guess = statistics.mean(cell["majority", ""].values() or [math.nan])
         for method in sorted({method for method, stage in cell if stage == "rl"}):
             gain = cell[method, "gain"] = minus(cell[method, "rl"], cell[method, "sft"])
             if gain:
-                sft, rl, process = (percent(cell[method, stage], gain) for stage in ("sft", "rl", "process"))
-                lines.append(f"| {task} | {split} | {method} | {len(gain)} | {sft} | {rl} | "
-                             f"{percent(gain, gain, '+')} | {process} | {guess:.1%} |")
+                stages = ("sft", "rl", "gain", "sft-process", "rl-process")
+                values = [percent(cell[method, s], gain, "+" if s == "gain" else "") for s in stages]
+                lines.append(f"| {task} | {split} | {method} | {len(gain)} | {' | '.join(values)} | "
+                             f"{guess:.1%} |")
         seeds = minus(cell["bridge", "gain"], cell["vanilla", "gain"]).keys()
         if seeds:
             gain, rl, process = (percent(minus(cell["bridge", stage], cell["vanilla", stage]), seeds, "+")
-                                 for stage in ("gain", "rl", "process"))
+                                 for stage in ("gain", "rl", "rl-process"))
             ratio = sum(cell["bridge", "rl"][s] for s in seeds) / sum(cell["vanilla", "rl"][s] for s in seeds)
             comparisons += ["", f"{task} {split}, paired over {len(seeds)} seeds: "
                                 f"gain of bridge - gain of vanilla {gain}; "
@@ -361,7 +588,208 @@ def report(path):
     return "\n".join(lines + comparisons)
 
 
-# ------------------------------------------------------------------------------------------------- 5. Command
+METHODS = ("vanilla", "pp-aug", "rc-aug", "subgoal", "analysis", "reflection", "bridge")  # order in figures
+
+
+def interval_or_nothing(values):
+    """t_interval of {seed: value}; NaN where there is none."""
+    return t_interval(list(values.values())) if values else (math.nan,) * 3
+
+
+def plot_report(path, out):
+    """Accuracy after RL by method and, below, by injection probability (subgoals in all answers, as in the
+    paper): means over seeds with t-intervals, answers beside process-verified ones; a column for each split.
+    """
+    rows, names = read_results(path), ("answer right", "process-verified")
+    chances = {row["method"]: row["p"] for row in rows if row["p"] is not None}
+    found = sorted(shares(rows).items())
+    figure, axes = new_figure(4.5, 3.2, len(found), 2, sharey=False)
+    for ((task, split), cell), above, below in zip(found, *axes):
+        methods = sorted({method for method, stage in cell if stage == "rl"},
+                         key=lambda m: (METHODS.index(m) if m in METHODS else len(METHODS), m))
+        after = {m: [interval_or_nothing(cell[m, stage]) for stage in ("rl", "rl-process")] for m in methods}
+        draw_intervals(above, after, names)
+        above.set_title(f"{task} {split}")
+        sweep = sorted((chances[m], m) for m in methods if m in chances and re.match("subgoal$|bridge", m))
+        if sweep:
+            draw_intervals(below, {f"p = {p:g}": after[m] for p, m in sweep}, names)
+        else:
+            below.set_axis_off()
+    add_legend(figure, axes[0][0])
+    save_figure(figure, out)
+
+
+# ------------------------------------------------------------------------------------------------ 6. The page
+# --html: one file that needs nothing else. What came from a model or from a file is escaped where it is put
+# in. Figures are pictures within the page, each with its numbers in a table below. Behaviors differ by the
+# line at the left and by a word, so that they can be told apart in grey.
+SHOWN = 10  # problems with their rollouts
+PAGE = string.Template("""<!DOCTYPE html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title</title>
+<style>
+  body { font: 1rem/1.5 system-ui, sans-serif; color: #222; max-width: 75rem; margin: auto; padding: 0 1rem }
+  h2 { border-top: 1px solid #bbb; padding-top: 1rem; margin-top: 2.5rem }
+  .side { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)); gap: 1rem }
+  .side > * { min-width: 0 }
+  figure, h3, h4 { margin: 0 0 .5rem }
+  img { width: 100%; max-width: 32rem }
+  .scroll { overflow-x: auto; margin: .5rem 0 1rem }
+  table { border-collapse: collapse; font-size: .9rem }
+  th, td { padding: .15rem .6rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap }
+  th:first-child, td:first-child { text-align: left }
+  pre { font-size: .8rem; overflow-x: auto; background: #f4f4f4; padding: .5rem }
+  pre.question { white-space: pre-wrap }
+  ol { font: .8rem/1.5 ui-monospace, monospace; padding-left: 2.2rem; margin: .2rem 0 1rem }
+  li { border-left: 4px solid transparent; padding-left: .4rem; overflow-wrap: anywhere }
+  li b { font: italic .75rem system-ui; border: 1px solid; border-radius: .5rem; padding: 0 .4rem }
+  .subgoal { border-left: 4px solid #178a3c } .subgoal b { color: #116b2e }
+  .analysis { border-left: 4px dotted #1470b8 } .analysis b { color: #105a94 }
+  .reflection { border-left: 4px dashed #b07a00; background: #fff7e0 } .reflection b { color: #7a5500 }
+  .fault { outline: 2px solid #b00020; background: #fdecee }
+  strong.reason { display: block; color: #b00020; font-family: system-ui, sans-serif }
+  details { border: 1px solid #ccc; border-radius: .3rem; padding: .3rem .6rem; margin: .5rem 0 }
+  summary { cursor: pointer } :focus-visible { outline: 3px solid #1470b8; outline-offset: 2px }
+</style>
+<main>
+<h1>$title</h1>
+$body
+</main>
+</html>
+""")
+INTRODUCTION = """A language model answers word problems step by step. Supervised fine-tuning (SFT) showed it
+answers to imitate; reinforcement learning (RL) then let it try, and made what led to right results likelier.
+This page compares its checkpoints on the same problems. <em>Right</em>: the final number is right.
+<em>Process-verified</em>: right, and every step is sound. <em>Rollouts</em> are answers drawn at random
+(temperature 1); accuracy is that of the likeliest answer (greedy)."""
+INFLUENCE = """Influence: how much a step of RL on one problem would raise the reward of all (Proposition 3.1
+of the BRIDGE paper, per unit of learning rate), computed before that step is taken. Problems that are always
+or never solved teach nothing. It is a signal, largest where half of the rollouts are right, times the
+agreement of gradients (co-influence). A problem is one of those that it influences, and with few problems
+that is most of it: <em>on others</em> leaves it out."""
+ANSWERS = """The first problems, as they came; open one to see its premises, its graph from the answer down to
+what is given, and the answers. A marked line shows a behavior: <em>reflection</em> (start on a quantity too
+early, notice, go back), <em>analysis</em> (restate a premise), <em>subgoal</em> (one operation per "="). The
+first unsound line is framed, with the reason; what follows it was not checked."""
+
+
+def html_table(rows):
+    """Rows of plain text, the first one the heading."""
+    head, *body = [[html.escape(str(cell)) for cell in row] for row in rows]
+    lines = ["<tr>" + "".join(f"<th scope=col>{cell}</th>" for cell in head)]
+    lines += ["<tr>" + "".join(f"<td>{cell}</td>" for cell in row) for row in body]
+    return f"<div class=scroll tabindex=0><table>{''.join(lines)}</table></div>"
+
+
+def html_figure(alt, draw, *arguments, height=3.2):
+    """What draw(axis, *arguments) draws, as a picture; alt says what it shows to who cannot see it."""
+    figure, axes = new_figure(4.8, height)
+    draw(axes[0][0], *arguments)
+    add_legend(figure, axes[0][0])
+    file = io.BytesIO()
+    figure.savefig(file, format="svg")
+    code = base64.b64encode(file.getvalue()).decode()
+    return f'<figure><img alt="{html.escape(alt)}" src="data:image/svg+xml;base64,{code}"></figure>'
+
+
+def html_answer(number, problem, text):
+    """A rollout line by line, behaviors and the first unsound line marked."""
+    verdict = "right" if data.reward(text, problem.answer) else "wrong"
+    fault = check([problem], [text])[0].error if problem.nodes else None
+    lines = []
+    for place, line in enumerate(f"<think>{text}".split("\n"), 1):
+        kind, reason = data.line_kind(line), ""
+        tag = f" <b>{kind}</b>" if kind else ""
+        if fault and place == fault.line:
+            reason = f"<strong class=reason>first fault ({fault.kind}): {html.escape(fault.reason)}</strong>"
+            kind += " fault"
+        lines.append(f'<li class="{kind}">{html.escape(line)}{tag}{reason}</li>')
+    but = ", but a step is unsound" if fault and verdict == "right" else ""
+    return f"<p>Rollout {number}: {verdict}{but}</p><ol>{''.join(lines)}</ol>"
+
+
+def html_problem(problem, texts, opened):
+    """A problem with its graph, and {checkpoint: its rollouts} side by side: the first one and, folded, the
+    others."""
+    columns = []
+    for name, answers in texts.items():
+        right = sum(data.reward(text, problem.answer) for text in answers)
+        first, *others = [html_answer(i, problem, text) for i, text in enumerate(answers, 1)]
+        columns.append(f"<section><h4>{html.escape(name)}: {right:.0f} of {len(answers)} rollouts right</h4>"
+                       f"{first}<details><summary>{len(others)} more</summary>{''.join(others)}</details>"
+                       "</section>")
+    graph = f"<pre tabindex=0>{html.escape(data.draw_picture(problem))}</pre>" if problem.nodes else ""
+    asked = html.escape(problem.question.split("\n")[-1])
+    return (f"<details{' open' if opened else ''}><summary>{asked} (answer: {problem.answer})</summary>"
+            f"<pre class=question>{html.escape(problem.question)}</pre>{graph}"
+            f"<div class=side>{''.join(columns)}</div></details>")
+
+
+def html_accuracy(results, comparisons):
+    """Accuracy with its intervals: figure, table and the tests of the differences."""
+    rows = {}
+    for result, (split, s) in [(r, item) for r in results for item in r["splits"].items()]:
+        both = [(count / s["n"], *wilson(count, s["n"])) if count is not None else (math.nan,) * 3
+                for count in (s["correct"], s["process"])]
+        rows[f"{run_of(result['path'])}, {run_of(split)}"] = both
+    chart = html_figure("accuracy of each checkpoint with its 95% interval", draw_intervals, rows,
+                        ("right", "process-verified"), height=1.2 + 0.5 * len(rows))
+    found = {r["path"]: r["splits"] for r in results}
+    changes = [f"{SPLITS.get(c['split'], c['split'])}: {c['before']} {found[c['before']][c['split']]['accuracy']:.1%} right, "
+               f"{c['after']} {found[c['after']][c['split']]['accuracy']:.1%}; were both equally good, a "
+               f"difference like this would have a chance of {c['p']:.2g} (McNemar)" for c in comparisons]
+    items = "".join(f"<p>{html.escape(change)}</p>" for change in changes)
+    return f"<h2>How often is it right?</h2>{items}{chart}{html_table(table_rows(results))}"
+
+
+def html_behaviors(results, split):
+    """Behaviors in a rollout, and how often each kind of fault came first."""
+    found = {r["path"]: r["splits"][split]["rollouts"].get("behaviors") for r in results}
+    if None in found.values():
+        return ""
+    names = ("reflections", "analyses", "subgoals", "redundant")
+    columns = [("a rollout has", *found)]
+    for name in ("steps", *names):
+        columns.append((name, *(f"{b[name]:.2f}" for b in found.values())))
+    columns.append(("no fault", *(f"{b['sound']:.1%}" for b in found.values())))
+    for kind in sorted(set().union(*(b["first_fault"] for b in found.values()))):
+        columns.append((f"first fault: {kind}", *(
+            f"{b['first_fault'].get(kind, 0) / sum(b['first_fault'].values()) * (1 - b['sound']):.1%}"
+            if b["first_fault"] else "0.0%" for b in found.values())))
+    bars = by_run((path, [b[name] for name in names]) for path, b in found.items())
+    chart = html_figure("behaviors per rollout", draw_bars, bars, names)
+    return (f"<h2>What does it do, and where does it go wrong first?</h2>{chart}"
+            f"<p>Counted in rollouts, up to the first fault of each.</p>{html_table(columns)}")
+
+
+def html_rollouts(results):
+    """Histograms and influence by right rollouts."""
+    charts = [html_figure(f"{kind} by right rollouts, {split}", draw_by_right, results, split, kind)
+              for kind in ("histogram", "influence") for split in results[0]["splits"]]
+    return (f"<h2>What could it learn?</h2><p>{INFLUENCE}</p><div class=side>{''.join(charts)}</div>"
+            f"{html_table(influence_rows(results))}")
+
+
+def write_page(path, results, comparisons, splits):
+    """The page on all checkpoints, as --html writes it. splits: {split: problems}."""
+    first = next(iter(splits))
+    logs = [log for r in results if is_curve(log := os.path.splitext(r["path"])[0] + ".csv")]
+    parts = [f"<p>{INTRODUCTION}</p>", html_accuracy(results, comparisons)]
+    if logs:
+        parts += ["<h2>How did it get there?</h2>", html_figure("reward against step", draw_curves, logs)]
+    parts += [html_behaviors(results, first), html_rollouts(results), "<h2>Answers, side by side</h2>",
+              f"<p>{ANSWERS}</p>"]
+    for i, problem in enumerate(splits[first][:SHOWN]):
+        texts = {r["path"]: r["splits"][first]["rollouts"]["shown"][i] for r in results}
+        parts.append(html_problem(problem, texts, opened=i == 0))
+    title = "What reinforcement learning changed: " + html.escape(", ".join(r["path"] for r in results))
+    with data.replacing(path) as file:
+        file.write(PAGE.substitute(title=title, body="\n".join(parts)))
+
+
+# ------------------------------------------------------------------------------------------------- 7. Command
 def read_arguments():
     """The command line, with what can be checked before hours of measuring."""
     parser = data.Parser(__doc__)
@@ -376,17 +804,29 @@ def read_arguments():
     add("--max-new-tokens", type=data.positive_int, default=512, help="longer responses are cut")
     add("--samples", type=data.natural, default=0, help="also k rollouts a problem at temperature 1")
     add("--seed", type=data.natural, default=0, help="of the fresh problems and the rollouts")
+    add("--influence", action="store_true",
+        help="from the rollouts (8 unless --samples): how much a step of GRPO would change (Proposition 3.1)")
+    add("--entropy", action="store_true",
+        help="median entropy of the rollouts' tokens, perplexity of answers like those of the fine-tuning")
+    add("--micro-tokens", type=data.positive_int, default=4096, help="of these two: tokens in a forward pass")
+    add("--html", metavar="FILE.html", help="write one page with all of this (needs matplotlib)")
     add("--json", metavar="FILE", help="write all figures there")
-    add("--plot", metavar="FILE.png", help="draw the histogram of --samples, or --curves (needs matplotlib)")
+    add("--plot", metavar="FILE.png",
+        help="draw the histogram of --samples, and --influence; or --curves; or --report (needs matplotlib)")
     add("--curves", nargs="+", metavar="FILE.csv",
         help="draw these training logs into --plot and stop; NAME-1.csv, NAME-2.csv ... are seeds of one run")
     add("--results", metavar="FILE.csv", help="put one row a checkpoint and split into this file")
     add("--report", metavar="FILE.csv", help="print such a file as a table over seeds and stop")
     args = parser.parse_args()
-    if args.plot and not args.samples and not args.curves:
+    args.influence, args.entropy = args.influence or bool(args.html), args.entropy or bool(args.html)
+    if (args.influence or args.entropy) and not args.samples:
+        args.samples = 8
+    if args.influence and args.samples == 1:
+        raise data.InputError("--samples 1: influence needs right and wrong rollouts; give --samples 8")
+    if args.plot and not args.samples and not args.curves and not args.report:
         raise data.InputError("--plot draws rollouts: give --samples 8 as well")
-    if args.plot and importlib.util.find_spec("matplotlib") is None:
-        raise data.InputError("--plot: drawing needs matplotlib; pip install matplotlib")
+    if (args.plot or args.html) and importlib.util.find_spec("matplotlib") is None:
+        raise data.InputError("--plot, --html: drawing needs matplotlib; pip install matplotlib")
     if args.curves and not args.plot:
         raise data.InputError("--curves needs --plot FILE.png to draw into")
     if args.plot and not args.plot.endswith((".png", ".pdf", ".svg")):
@@ -394,7 +834,8 @@ def read_arguments():
     read = [*(args.ckpt or ()), *(args.data or ()), *(args.curves or ()), args.report]
     data.claim([("--json", args.json, (b'{"checkpoints"',)),
                 ("--results", args.results, (b"task,", b"method,")),
-                ("--plot", args.plot, (b"\x89PNG", b"%PDF", b"<?xml"))],
+                ("--plot", args.plot, (b"\x89PNG", b"%PDF", b"<?xml")),
+                ("--html", args.html, (b"<!doctype html", b"<!DOCTYPE html"))],
                [("a file to read", path) for path in read])
     if args.results and os.path.exists(args.results):
         read_results(args.results)  # it will get more rows: can they be added?
@@ -427,8 +868,8 @@ def read_splits(args):
             for name, chosen in splits.items()}
 
 
-def table(results):
-    """One row a checkpoint and split."""
+def table_rows(results):
+    """One row a checkpoint and split, below a heading."""
     rows = [("checkpoint", "split", "accuracy", "95% interval", "process", "majority", "format", "cut",
              "tokens")]
     for result in results:
@@ -438,9 +879,38 @@ def table(results):
             rates = [f"{s[name]:.1%}" for name in ("majority", "format_rate", "cut_rate")]
             rows.append((result["path"], split, f"{s['accuracy']:.1%}", f"{low:.1%} - {high:.1%}", process,
                          *rates, f"{s['mean_tokens']:.0f}"))
+    return rows
+
+
+def influence_rows(results):
+    """The influence of each checkpoint and split, in all and by right rollouts, below a heading."""
+    samples = len(next(iter(results[0]["splits"].values()))["influence"]["by_right"]) - 1
+    rows = [("checkpoint", "split", "influence", "on others", "signal", "co-influence",
+             *(f"{c}/{samples}" for c in range(samples + 1)))]
+    for result in results:
+        for split, scores in result["splits"].items():
+            i = scores["influence"]
+            values = [i["mean"], i["on_others"], i["signal"], i["co_influence"], *i["by_right"]]
+            rows.append((result["path"], split, *("-" if x is None else f"{x:.3g}" for x in values)))
+    return rows
+
+
+def in_columns(rows):
+    """Rows of text, one under the other: two columns of names to the left, then numbers to the right."""
     widths = [max(map(len, column)) for column in zip(*rows)]
-    pad = [str.ljust] * 2 + [str.rjust] * 7  # names to the left, numbers to the right
+    pad = [str.ljust] * 2 + [str.rjust] * (len(widths) - 2)
     return "\n".join("  ".join(f(cell, w) for f, cell, w in zip(pad, row, widths)) for row in rows)
+
+
+def table(results):
+    """One row a checkpoint and split."""
+    return in_columns(table_rows(results))
+
+
+def describe_test(c):
+    """One of `compare`'s tests as a sentence."""
+    return (f"{c['before']} -> {c['after']}, {c['split']}: McNemar's exact test on the same problems, "
+            f"p = {c['p']:.2g}")
 
 
 def details(scores):
@@ -457,6 +927,26 @@ def details(scores):
         process = "" if r["process"] is None else f"; process {r['process'] / r['samples'] / scores['n']:.1%}"
         yield (f"of {r['samples']} rollouts at temperature 1, none right {none:.1%}, "
                f"some {1 - none - every:.1%}, all {every:.1%}; {passes}{process}")
+    if "entropy" in scores:
+        perplexity = "unknown" if scores["perplexity"] is None else f"{scores['perplexity']:.3f}"
+        yield (f"median entropy of the rollouts' tokens {scores['entropy']:.4f} nats, "
+               f"perplexity {perplexity} on answers: {scores['answers']}")
+
+
+def measure_all(args, splits):
+    """--ckpt's checkpoints, one after the other: [{"path", "splits": {split: scores}}]."""
+    analyses = [name for name in ("influence", "entropy") if getattr(args, name)]
+    results = []
+    for name in [sample.default_checkpoint(name) for name in args.ckpt or [None]]:
+        policy = sample.load_policy(name)
+        if not results:
+            print(sample.describe(policy))
+        scores = {split: measure(policy, problems, args.max_new_tokens, args.samples, args.seed, analyses,
+                                 args.micro_tokens) for split, problems in splits.items()}
+        results.append({"path": name, "splits": scores})
+        if args.results:
+            write_results(args.results, cells(policy, name, splits, scores))
+    return results
 
 
 def main():
@@ -464,32 +954,28 @@ def main():
     if args.curves:
         return plot_curves(args.curves, args.plot)
     if args.report:
-        return print(report(args.report))
+        print(report(args.report))
+        return plot_report(args.report, args.plot) if args.plot else None
     splits = read_splits(args)
-    results = []
-    for name in [sample.default_checkpoint(name) for name in args.ckpt or [None]]:
-        policy = sample.load_policy(name)
-        if not results:
-            print(sample.describe(policy))
-        scores = {split: measure(policy, problems, args.max_new_tokens, args.samples, args.seed)
-                  for split, problems in splits.items()}
-        results.append({"path": name, "splits": scores})
-        if args.results:
-            write_results(args.results, cells(policy, name, splits, scores))
+    results = measure_all(args, splits)
     print(table(results))
     for result in results:
         for split, scores in result["splits"].items():
             for sentence in details(scores):
                 print(f"{result['path']} {split}: {sentence}")
+    if args.influence:
+        print("influence of a GRPO step, per unit of learning rate, in all and by right rollouts")
+        print(in_columns(influence_rows(results)))
     comparisons = compare(results)
-    for c in comparisons:
-        print(f"{c['before']} -> {c['after']}, {c['split']}: McNemar's exact test on the same problems, "
-              f"p = {c['p']:.2g}")
+    for test in comparisons:
+        print(describe_test(test))
     if args.json:
         with data.replacing(args.json) as file:
             json.dump({"checkpoints": results, "mcnemar": comparisons}, file)
     if args.plot:
         plot(results, args.plot)
+    if args.html:
+        write_page(args.html, results, comparisons, splits)
 
 
 if __name__ == "__main__":
