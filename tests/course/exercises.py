@@ -490,7 +490,7 @@ EXERCISES = [
         hint="Only the problems on which the two differ count, and 2 P can exceed 1.",
         check=check_chance),
     Exercise(
-        "Influence without a pair", "eval", ("influence",), points=8, hours=3.0,
+        "Influence without a pair", "eval", ("influence", "influence_with_own"), points=8, hours=3.0,
         formula="dJ(q) = sqrt(alpha (1 - alpha)) (mean of <grad log pi(o+|q), G> - mean of <grad log "
                 "pi(o-|q), G>), G = mean over all queries and rollouts of A grad log pi. Source: BRIDGE, "
                 "Proposition 3.1 and appendix B.7.",
