@@ -658,6 +658,19 @@ def show(tokens):
     return " ".join(map(str, tokens)).replace("( ", "(").replace(" )", ")")
 
 
+def subgoal_chain(numbers):
+    """The sides that one operation per "=" adds to an equation, down to its value.
+
+    >>> subgoal_chain((13, "+", 5, "+", 6))
+    [(18, '+', 6), (24,)]
+    """
+    sides = []
+    while len(numbers) > 1:
+        numbers = reduce_once(numbers)
+        sides.append(numbers)
+    return sides
+
+
 def write_response(problem, steps):
     """Steps -> the whole assistant turn (`<think>` ... `</answer>`)."""
     task, letters, values, lines = TASKS[problem.task], {s.node: s.letter for s in steps}, {}, []
@@ -673,9 +686,8 @@ def write_response(problem, steps):
             sides = [step.letter, show(letters.get(t, t) for t in formula)]
             if step.subgoal or task.numbers:
                 sides.append(show(numbers))
-            while step.subgoal and len(numbers) > 1:
-                numbers = reduce_once(numbers)
-                sides.append(show(numbers))
+            if step.subgoal:
+                sides += map(show, subgoal_chain(numbers))
             values[step.node] = evaluate(numbers)
             sides.append(str(values[step.node]))
             parts.append(f"{step.link} {' = '.join(dict.fromkeys(sides))}{task.stop}".lstrip())
@@ -731,8 +743,13 @@ def read_question(question, categories=None):
         where = next((i for i, line in enumerate(premises, 1) if missing.args[0] in line), len(premises) + 1)
         raise ValueError(f"line {where}: '{missing.args[0]}' is neither described nor implied") from None
     values = read_values(nodes, last)
-    ops = sum(nodes[q].operations for q in needed_nodes(nodes, target))
-    return Problem(question, values[target], target, nodes, ops=ops, categories=categories, task=name)
+    return Problem(question, values[target], target, nodes, ops=count_operations(nodes, target),
+                   categories=categories, task=name)
+
+
+def count_operations(nodes, target):
+    """The operations of all nodes that the target needs."""
+    return sum(nodes[name].operations for name in needed_nodes(nodes, target))
 
 
 def read_values(nodes, where):

@@ -838,7 +838,7 @@ def read_arguments():
     data.claim([("--json", args.json, (b'{"checkpoints"',)),
                 ("--results", args.results, (b"task,", b"method,")),
                 ("--plot", args.plot, (b"\x89PNG", b"%PDF", b"<?xml")),
-                ("--html", args.html, (b"<!DOCTYPE html>",))],
+                ("--html", args.html, (b"<!DOCTYPE html",))],
                [("a file to read", path) for path in read])
     if args.results and os.path.exists(args.results):
         read_results(args.results)  # it will get more rows: can they be added?

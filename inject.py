@@ -73,8 +73,19 @@ def inject(problem, response, behaviors=BEHAVIORS, p=0.1, rng=None, official=Fal
     return data.write_response(problem, data.worded_like(steps, injected))
 
 
+def locked_nodes(nodes, solved):
+    """Names of the locked nodes, in the order of `nodes`. nodes: name -> Node; solved: a set of names."""
+    return [name for name, node in nodes.items() if not solved.issuperset(node.parents)]
+
+
+def reflect(problem, node, letter, solved, rng):
+    """A step that opens on a node and names its parents that are missing; if none is, the step solves it."""
+    missing = tuple(parent for parent in problem.nodes[node].parents if parent not in solved)
+    return data.open_step(problem, node, letter, rng)._replace(missing=missing)
+
+
 def take_detour(problem, step, solved, letters, rng, official=False):
-    """A step on a locked node that finds which of its parents are missing; None where no node is locked.
+    """A reflection on a locked node, with a letter of its own if it has none; None where no node is locked.
 
     official: on any node that is not solved, 70% one that the answer needs and 30% one that it does not; if
     all its parents are solved, the step solves it."""
@@ -82,7 +93,7 @@ def take_detour(problem, step, solved, letters, rng, official=False):
         needed, needs = data.needed_nodes(problem.nodes, problem.target), rng.random() < 0.7
         nodes = [q for q in problem.nodes if q not in solved and q != step.node and (q in needed) == needs]
     else:
-        nodes = [q for q, node in problem.nodes.items() if not solved.issuperset(node.parents)]  # locked
+        nodes = locked_nodes(problem.nodes, solved)
     if not nodes:
         return None
     node = rng.choice(nodes)
@@ -90,8 +101,7 @@ def take_detour(problem, step, solved, letters, rng, official=False):
     if letter is None:
         return None
     letters[node] = letter
-    missing = tuple(q for q in problem.nodes[node].parents if q not in solved)
-    return data.open_step(problem, node, letter, rng)._replace(missing=missing)
+    return reflect(problem, node, letter, solved, rng)
 
 
 # -------------------------------------------------- 2. Two baselines, and the examples that each method makes

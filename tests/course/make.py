@@ -1,0 +1,123 @@
+"""Make the students' copy: the chapters with the bodies of the exercises taken out.
+
+    python tests/course/make.py OUT                          # all exercises
+    python tests/course/make.py OUT --exercises 1 4 7
+
+OUT gets the six scripts, README without its page for teachers, the tiny base model, EXERCISES.md, and
+grade.py with the values that are expected for one seed, so that students can check themselves. Not in it:
+solutions, wrong versions, tests, notes, history.
+"""
+import argparse, json, re, shutil, textwrap
+from pathlib import Path
+
+import grade
+from exercises import EXERCISES
+
+
+def signature_and_docstring(text, function):
+    """Those lines of a function, its doctests left out: they print what is asked for."""
+    lines, (first, *_) = text.split("\n"), function.body
+    start = grade.lines_of(text, function)[1] - 1
+    documented = isinstance(first, grade.ast.Expr) and isinstance(first.value, grade.ast.Constant)
+    kept = lines[start:first.end_lineno if documented else first.lineno - 1]
+    while kept[-1].lstrip().startswith("#"):  # a comment on the first statement
+        kept.pop()
+    if not documented or not any(line.lstrip().startswith(">>>") for line in kept):
+        return kept
+    at = next(i for i, line in enumerate(kept) if line.lstrip().startswith(">>>"))
+    while not kept[at - 1].strip():
+        at -= 1
+    return [*kept[:at], " " * first.col_offset + '"""']
+
+
+def blank(text, name, message):
+    """The chapter's text with the body of a function replaced by an error."""
+    function = grade.find(grade.parse(text), name)
+    lines, start = text.split("\n"), grade.lines_of(text, function)[1] - 1
+    indent = " " * function.body[0].col_offset
+    lines[start:function.end_lineno] = [*signature_and_docstring(text, function),
+                                        f"{indent}raise NotImplementedError({json.dumps(message)})"]
+    return "\n".join(lines)
+
+
+def describe(number, exercise):
+    """An exercise as students read it."""
+    where = f"`tests/course/experiments/`: the logs, `{exercise.names[0]}.png` and `answers.json`"
+    if exercise.chapter:
+        where = f"`{exercise.chapter}.py`: {', '.join(f'`{name}`' for name in exercise.names)}"
+    worth = f"{exercise.points} points, about {exercise.hours:g} h"
+    parts = [f"## {number}. {exercise.title}", f"{where}. {worth}. Read: {exercise.read}.", exercise.formula,
+             f"*Hint.* {exercise.hint}"]
+    return "\n\n".join(textwrap.fill(part, 110, break_long_words=False) for part in parts) + "\n"
+
+
+INTRODUCTION = """# Exercises
+
+Work in this order; each function says in its docstring what it takes and returns, and raises
+NotImplementedError until you write it. Check yourself:
+
+    python tests/course/grade.py .
+
+Your instructor grades with other inputs, and each exercise with right versions of all others. You may write
+helper functions and imports beside yours. An experiment wants the two logs (copy grpo.py's .csv), a figure
+(`python eval.py --curves a.csv b.csv --plot FILE.png`) and, in `answers.json`, the numbers and why they are
+so. It needs the exercises before it, or your instructor's chapters.
+
+"""
+
+
+def make(out, chosen):
+    """Write the students' copy into a new folder; chosen: numbers of exercises."""
+    numbered = [(k, EXERCISES[k - 1]) for k in chosen]
+    course = out / "tests/course"
+    (course / "experiments").mkdir(parents=True)
+    (out / "results/tiny").mkdir(parents=True)
+    names = {(exercise.chapter, name) for _, exercise in numbered for name in exercise.names}
+    for chapter in grade.CHAPTERS:
+        text = grade.read(grade.ROOT / f"{chapter}.py")
+        for k, exercise in numbered:
+            for name in exercise.names * (exercise.chapter == chapter):
+                text = blank(text, name, f"exercise {k}: {exercise.title}")
+            for name in exercise.hides * (exercise.chapter == chapter):
+                if (chapter, name) not in names:
+                    text = blank(text, name, f"hidden: it would show exercise {k}")
+        (out / f"{chapter}.py").write_text(text)
+    readme = grade.read(grade.ROOT / "README.md")
+    (out / "README.md").write_text(re.sub(r"^## Teach with it\n.*?(?=^## )", "", readme, flags=re.M | re.S))
+    (out / "EXERCISES.md").write_text(INTRODUCTION + "\n".join(describe(*pair) for pair in numbered))
+    pictures = [f"results/tiny/{path.name}" for path in (grade.ROOT / "results/tiny").glob("*.png")]
+    for name in ("requirements.txt", "results/tiny/base.pt", "tests/course/exercises.py",
+                 "tests/course/grade.py", *pictures):
+        shutil.copy(grade.ROOT / name, out / name)
+    questions = {exercise.names[0]: dict.fromkeys(exercise.questions) | {"why": ""}
+                 for _, exercise in numbered if not exercise.chapter}
+    (course / "experiments/answers.json").write_text(json.dumps(questions, indent=1))
+    grade.preload()
+    values = {str(k): grade.reference_values(exercise, k, 0, {})
+              for k, exercise in numbered if exercise.chapter}
+    (course / "expected.json").write_text(json.dumps({"seed": 0, "exercises": chosen, "values": values}))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("out", type=Path, help="a folder that does not exist yet")
+    numbers = range(1, len(EXERCISES) + 1)
+    parser.add_argument("--exercises", type=int, nargs="+", choices=numbers, default=list(numbers),
+                        metavar="K", help=f"numbers from 1 to {len(EXERCISES)}; default: all")
+    args = parser.parse_args()
+    if args.out.exists():
+        parser.exit(2, f"error: {args.out}: exists already; name a new folder\n")
+    if not args.out.resolve().parent.is_dir():
+        parser.exit(2, f"error: {args.out}: its folder does not exist\n")
+    chosen = sorted(set(args.exercises))
+    try:
+        make(args.out, chosen)
+    except grade.Ungradable as reason:
+        parser.exit(2, f"error: {reason}\n")
+    points, hours = (sum(getattr(EXERCISES[k - 1], name) for k in chosen) for name in ("points", "hours"))
+    print(f"{args.out}: {len(chosen)} exercises, {points} points, about {hours:g} hours; "
+          "students start with EXERCISES.md")
+
+
+if __name__ == "__main__":
+    main()
