@@ -933,14 +933,16 @@ IGNORE = -100  # a target with this value, PyTorch's own, is masked: log-prob 0,
 
 
 def rows_forward(x, targets, scale):
-    """x (N, V) logits, targets (N,), scale = 1 / temperature -> stats (N, 4) fp32. Specifies the kernel."""
+    """x (N, V) logits, targets (N,), scale = 1 / temperature -> stats (N, 4) fp32. Specifies the kernel.
+
+    In place from the second line on: on a CPU fresh memory for each term takes longer than its arithmetic."""
     x = x.float() * scale
     m = x.amax(-1, keepdim=True)                             # (N, 1), like all sums below
-    x = x - m
+    x -= m
     e = x.exp()
     d = e.sum(-1, keepdim=True)
-    s = (e * x.clamp(min=-1e4)).sum(-1, keepdim=True)  # a logit of -inf: e is 0, and 0 * -inf would be NaN
     logprob = x.gather(-1, targets.clamp(min=0)[:, None]) - d.log()
+    s = e.mul_(x.clamp_(min=-1e4)).sum(-1, keepdim=True)  # a logit of -inf: e is 0, and 0 * -inf would be NaN
     stats = torch.cat((logprob, d.log() - s / d, m, d.log()), -1)
     return stats.masked_fill((targets == IGNORE)[:, None], 0)
 
@@ -948,11 +950,15 @@ def rows_forward(x, targets, scale):
 def rows_backward(x, targets, stats, g_logprob, g_entropy, scale):
     """d loss / d x (N, V) in x's dtype. g_logprob, g_entropy (N,): upstream gradients, one per token."""
     _, entropy, m, log_d = stats.split(1, -1)                # (N, 1) each
-    g_logprob, g_entropy = g_logprob[:, None], g_entropy[:, None]
-    logp = x.float() * scale - m - log_d                     # (N, V)
-    grad = -logp.exp() * (g_logprob + g_entropy * (logp.clamp(min=-1e4) + entropy))
-    grad = grad.scatter_add(-1, targets.clamp(min=0)[:, None], g_logprob)  # before rounding to x's dtype
-    return (grad * scale).masked_fill((targets == IGNORE)[:, None], 0).to(x.dtype)
+    g_logprob, g_entropy = scale * g_logprob[:, None], scale * g_entropy[:, None]
+    logp = x.float() * scale                                 # (N, V)
+    logp -= m
+    logp -= log_d
+    p = logp.exp()
+    # -p (g_logprob + g_entropy (log p + H))
+    grad = logp.clamp_(min=-1e4).add_(entropy).mul_(-g_entropy).sub_(g_logprob).mul_(p)
+    grad.scatter_add_(-1, targets.clamp(min=0)[:, None], g_logprob)  # before rounding to x's dtype
+    return grad.masked_fill_((targets == IGNORE)[:, None], 0).to(x.dtype)
 
 
 def _blocks(x):
@@ -1040,7 +1046,9 @@ class HeadGradients:
     def add(self, part, grad):                               # (rows, V)
         if self.of_h is not None:
             torch.mm(grad, self.weight, out=self.of_h[part])
-        if self.of_weight is not None:
+        if self.of_weight is not None and grad.dtype == torch.float32:
+            self.of_weight.addmm_(grad.T, self.h[part])      # no (V, H) in between
+        elif self.of_weight is not None:
             self.of_weight += grad.T @ self.h[part]
 
     def result(self):

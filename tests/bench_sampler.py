@@ -68,11 +68,11 @@ def ours(policy, prompts, n, lengths, temperature=1.0):
         return [[eos if step == end else token if token != eos else 0 for token, end in zip(new, ends)]
                 for step, new in enumerate(tokens)], logprobs
 
-    sample.Decoder.run = timed_run
+    sample.Decoder.run, closes, sample.closes = timed_run, sample.closes, lambda *_: False    # random weights may say </answer>
     try:
         return sample.generate(policy, prompts, n, max(lengths), temperature)
     finally:
-        sample.Decoder.run = run
+        sample.Decoder.run, sample.closes = run, closes
 
 
 class AtLength(StoppingCriteria):
