@@ -828,12 +828,12 @@ def read_arguments():
         raise data.InputError("--samples 1: influence needs right and wrong rollouts; give --samples 8")
     if args.plot and not args.samples and not args.curves and not args.report:
         raise data.InputError("--plot draws rollouts: give --samples 8 as well")
-    if (args.plot or args.html) and importlib.util.find_spec("matplotlib") is None:
-        raise data.InputError("--plot, --html: drawing needs matplotlib; pip install matplotlib")
     if args.curves and not args.plot:
         raise data.InputError("--curves needs --plot FILE.png to draw into")
     if args.plot and not args.plot.endswith((".png", ".pdf", ".svg")):
         raise data.InputError(f"--plot {args.plot}: must end in .png, .pdf or .svg")
+    if (args.plot or args.html) and importlib.util.find_spec("matplotlib") is None:
+        raise data.InputError("--plot, --html: drawing needs matplotlib; pip install matplotlib")
     read = [*(args.ckpt or ()), *(args.data or ()), *(args.curves or ()), args.report]
     data.claim([("--json", args.json, (b'{"checkpoints"',)),
                 ("--results", args.results, (b"task,", b"method,")),
