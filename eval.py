@@ -832,14 +832,14 @@ def read_arguments():
         raise data.InputError("--curves needs --plot FILE.png to draw into")
     if args.plot and not args.plot.endswith((".png", ".pdf", ".svg")):
         raise data.InputError(f"--plot {args.plot}: must end in .png, .pdf or .svg")
-    if (args.plot or args.html) and importlib.util.find_spec("matplotlib") is None:
-        raise data.InputError("--plot, --html: drawing needs matplotlib; pip install matplotlib")
     read = [*(args.ckpt or ()), *(args.data or ()), *(args.curves or ()), args.report]
     data.claim([("--json", args.json, (b'{"checkpoints"',)),
                 ("--results", args.results, (b"task,", b"method,")),
                 ("--plot", args.plot, (b"\x89PNG", b"%PDF", b"<?xml")),
                 ("--html", args.html, (b"<!DOCTYPE html",))],
                [("a file to read", path) for path in read])
+    if (args.plot or args.html) and importlib.util.find_spec("matplotlib") is None:
+        raise data.InputError("--plot, --html: drawing needs matplotlib; pip install matplotlib")
     if args.results and os.path.exists(args.results):
         read_results(args.results)  # it will get more rows: can they be added?
     return args
