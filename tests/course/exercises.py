@@ -163,7 +163,7 @@ def logit_rows(sample, seed, V):
     g = generator(seed)
     x = 3 * torch.randn(6, V, generator=g)
     x[0, V // 2:] = -math.inf
-    x[[1, 5]] += 1e6  # after which the digits of log d are lost, if it is added to m
+    x[[1, 5]] += 1e7  # after which the digits of log d are lost, if it is added to m
     x[2] = x[2].sort().values  # the maximum comes last
     targets = torch.randint(0, V // 2, (6,), generator=g)
     targets[4] = sample.IGNORE

@@ -12,8 +12,8 @@ limits of time and memory and, for root, a user of its own; what comes back are 
 In a students' copy the chapters are incomplete: there the expected values lie in expected.json, drawn from
 one known seed, and an exercise needs the exercises before it that it builds on.
 """
-import argparse, ast, functools, importlib, json, math, os, pwd, random, re, resource, secrets, select, signal
-import sys, tempfile, textwrap, time
+import argparse, ast, contextlib, functools, importlib, json, math, os, pwd, random, re, resource, secrets, select
+import signal, sys, tempfile, textwrap, time
 from pathlib import Path
 
 from exercises import EXERCISES
@@ -134,9 +134,10 @@ def preload():
             names = [node.module] if isinstance(node, ast.ImportFrom) else \
                 [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             for name in set(names) - {*CHAPTERS}:
-                module = importlib.import_module(name)
-                if isinstance(node, ast.ImportFrom):
-                    [getattr(module, alias.name) for alias in node.names]
+                with contextlib.suppress(ImportError):  # matplotlib and pyarrow are there or not
+                    module = importlib.import_module(name)
+                    if isinstance(node, ast.ImportFrom):
+                        [getattr(module, alias.name) for alias in node.names]
     import torch, transformers
     sizes = dict(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**sizes, num_key_value_heads=1))
