@@ -210,6 +210,17 @@ def clean_up(pid, user):
     os.waitpid(pid, 0)
 
 
+def interpret_triton():
+    """Triton reads TRITON_INTERPRET as it is imported. This comes before the process becomes another user, who
+    may not be able to read the library."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        os.environ["TRITON_INTERPRET"] = "1"
+        for name in [name for name in sys.modules if re.match(r"triton(?!\._C)", name)]:
+            del sys.modules[name]
+        with contextlib.suppress(ImportError):
+            import triton.experimental.gluon.language, triton.runtime.interpreter  # what else a launch imports
+
+
 def child(exercise, folder, seed, pipe):
     """In the new process: import the chapters of `folder`, run the check, send its values."""
     import torch
@@ -217,10 +228,6 @@ def child(exercise, folder, seed, pipe):
     torch.cuda.is_available = lambda: False
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
-        if "_kernel" in exercise.names[0] and os.environ.get("TRITON_INTERPRET") != "1":
-            os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it as it is imported
-            for name in [name for name in sys.modules if re.match(r"triton(?!\._C)", name)]:
-                del sys.modules[name]
         for chapter in CHAPTERS:  # those of a process that had imported its own
             sys.modules.pop(chapter, None)
         sys.path[:0] = [str(folder)]
@@ -248,6 +255,8 @@ def run(exercise, folder, seed, seconds=10, gigabytes=2):
     if pid == 0:
         os.close(reader)
         try:
+            if "_kernel" in exercise.names[0]:
+                interpret_triton()
             restrict(user, writer, seconds, gigabytes)
             child(exercise, folder, seed, writer)
         finally:
