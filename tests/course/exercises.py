@@ -256,11 +256,13 @@ def check_loss(grpo, seed):
     g, out = generator(seed), {}
     B, T = 6, 9
     mask = torch.arange(T) < torch.randint(2, T + 1, (B, 1), generator=g)
-    mask[0], mask[1] = torch.arange(T) < 1, True
+    mask[0], mask[1:3] = torch.arange(T) < 1, True
     logprob = -2 * torch.rand(B, T, generator=g)
     old, ref = (logprob + 0.4 * torch.randn(B, T, generator=g) for _ in range(2))
     weight, entropy = (torch.rand(B, T, generator=g) + 0.5 for _ in range(2))
     advantages = torch.randn(B, generator=g)
+    old[1:3] = logprob[1:3] - torch.linspace(-0.6, 0.6, T)  # ratios on both sides of every clip ...
+    advantages[1:3] = torch.tensor([1.0, -1.0])  # ... pushed both ways
     behind = [x.masked_fill(~mask, math.nan) for x in (logprob, old, ref)]
     norms = itertools.product(("sequence", "token", "constant"), (None, 50))
     settings = [dict(norm=norm, denom=denom) for norm, denom in norms]

@@ -9,7 +9,7 @@ import grade, make
 from exercises import EXERCISES
 
 pytest.importorskip("triton")  # exercise 8
-SEED, CACHE = random.randrange(2**31), {}
+SEED, CACHE = 20261125, {}  # one seed, so that a failure can be repeated; any other must do as well
 CODE = [(k, exercise) for k, exercise in enumerate(EXERCISES, 1) if exercise.chapter]
 EXPERIMENTS = [(k, exercise) for k, exercise in enumerate(EXERCISES, 1) if not exercise.chapter]
 POINTS = {k: exercise.points for k, exercise in enumerate(EXERCISES, 1)}
