@@ -125,23 +125,28 @@ def behaviors(reports):
                      "first_fault": dict(Counter(r.error.kind for r in reports if r.error).most_common())}
 
 
+def score_rollouts(hits, samples):
+    """hits: whether each rollout is right, those of a problem together. correct: of all rollouts; mean: share
+    right; histogram[c]: the share of problems with c right rollouts, c = 0 ... samples; pass_at[k]."""
+    right = [sum(hits[i:i + samples]) for i in range(0, len(hits), samples)]  # for each problem
+    tries = [k for k in sorted({1, 2, 4, 8, samples}) if k <= samples]
+    return {"samples": samples, "correct": sum(hits), "mean": sum(hits) / len(hits),
+            "histogram": [right.count(c) / len(right) for c in range(samples + 1)],
+            "pass_at": {k: pass_at_k(right, samples, k) for k in tries}}
+
+
 def measure_rollouts(policy, problems, max_new_tokens, samples, seed):
     """`samples` rollouts a problem at temperature 1 -> (scores, groups, rewards), the last two as `influence`
-    takes them. correct, process: of all rollouts; mean: share right; histogram[c]: the share of problems with
-    c right rollouts, c = 0 ... samples; shown: the rollouts of the first problems as text."""
+    takes them. process: right and sound, of all; shown: the rollouts of the first problems as text."""
     prompts = [sample.encode_prompt(policy.tokenizer, p.question) for p in problems]
     groups = sample.generate(policy, prompts, samples, max_new_tokens, 1.0, seed)
     texts = [sample.decode(policy.tokenizer, rollout.tokens) for group in groups for rollout in group]
     asked = [p for p in problems for _ in range(samples)]  # the problem of each text
     hits = [data.reward(t, p.answer) == 1 for p, t in zip(asked, texts)]
-    right = [sum(hits[i:i + samples]) for i in range(0, len(hits), samples)]  # for each problem
-    tries = [k for k in sorted({1, 2, 4, 8, samples}) if k <= samples]
     reports = check(asked, texts)
-    scores = {"samples": samples, "correct": sum(hits), "process": process_verified(hits, reports),
-              "mean": sum(hits) / len(hits),
-              "histogram": [right.count(c) / len(right) for c in range(samples + 1)],
-              "pass_at": {k: pass_at_k(right, samples, k) for k in tries},
-              "shown": [texts[i:i + samples] for i in range(0, len(texts), samples)][:SHOWN]}
+    scores = score_rollouts(hits, samples) | {
+        "process": process_verified(hits, reports),
+        "shown": [texts[i:i + samples] for i in range(0, len(texts), samples)][:SHOWN]}
     if reports:
         scores["behaviors"] = behaviors(reports)
     pairs = [[(prompt, r.tokens) for r in group] for prompt, group in zip(prompts, groups)]

@@ -550,6 +550,8 @@ def hand_over(policy, problems, args):
     sft.hand_over(args.hand_over, policy, {
         "rl.jsonl": rows, "trl-grpo.yaml": trl_settings(policy, args, longest),
         "verl-grpo.sh": verl_settings(args, longest)})
+    if args.drop_flat:
+        print("groups without variance, which a tiny model leaves out here, stay in TRL and verl")
 
 
 def trl_settings(policy, args, longest):

@@ -722,6 +722,13 @@ class _Row:
         return self.rollout.tokens[-1] if self.rollout.tokens else self.group.prompt[-1]
 
 
+def make_groups(prompts, n, seed):
+    groups = [_Group(prompt) for prompt in prompts]
+    for group, keys in zip(groups, row_keys(seed, len(prompts), n).tolist()):
+        group.rows = [_Row(group, key, Rollout([], [])) for key in keys]
+    return groups
+
+
 def enter(items, item):
     item.slot = len(items)
     items.append(item)
@@ -859,6 +866,15 @@ def accept(row, token, logprob, policy, eos, max_new_tokens):
         out.stop = "closed" if row.closed else "length"
 
 
+def retire(rows, cached, engine):
+    """Rows that have ended give up their slots, and a prompt its own with the last of its rows."""
+    for row in [row for row in rows if row.rollout.stop]:
+        leave(rows, row, engine.move_row)
+        row.group.ended += 1
+        if row.group.ended == len(row.group.rows):
+            leave(cached, row.group, engine.move_prompt)
+
+
 @torch.inference_mode()
 def generate(policy, prompts, n=1, max_new_tokens=512, temperature=1.0, seed=0, max_batch=None):
     """Sample n responses to each prompt (a list of token ids) -> for each prompt, in order, n Rollouts.
@@ -870,9 +886,7 @@ def generate(policy, prompts, n=1, max_new_tokens=512, temperature=1.0, seed=0, 
     if not prompts:
         return []
     check_request(policy, prompts, n, max_new_tokens)
-    groups = [_Group(prompt) for prompt in prompts]
-    for group, keys in zip(groups, row_keys(seed, len(prompts), n).tolist()):
-        group.rows = [_Row(group, key, Rollout([], [])) for key in keys]
+    groups = make_groups(prompts, n, seed)
     longest = max(map(len, prompts))
     limit = max_batch or min(batch_limit(policy, longest, max_new_tokens), n * len(prompts))
     slots = min(limit + min(limit // 8, PREFILL_ROWS), len(prompts))   # some are filled ahead of their rows
@@ -889,11 +903,7 @@ def generate(policy, prompts, n=1, max_new_tokens=512, temperature=1.0, seed=0, 
         for tokens, logprobs in zip(*engine.run(rows, temperature)):
             for row, token, logprob in zip(rows, tokens, logprobs):
                 accept(row, token, logprob, policy, eos, max_new_tokens)
-        for row in [row for row in rows if row.rollout.stop]:
-            leave(rows, row, engine.move_row)
-            row.group.ended += 1
-            if row.group.ended == n:
-                leave(cached, row.group, engine.move_prompt)
+        retire(rows, cached, engine)
     return [[row.rollout for row in group.rows] for group in groups]
 
 
