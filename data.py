@@ -793,6 +793,7 @@ class Fault(NamedTuple):
     line: int
     kind: str    # "format", "order", "retrieval", "arithmetic" or "answer"
     reason: str
+    behavior: str = ""  # "reflection" or "analysis", where that is what went wrong
 
 
 @dataclass
@@ -804,6 +805,9 @@ class Report:
     analyses: int = 0
     subgoals: int = 0   # steps that carry out one operation per "=", beyond what the plain answer writes
     redundant: int = 0  # steps that the answer does not need
+    locked: int = 0     # lines that begin on a locked quantity; without a fault, as many as reflections
+    equations: int = 0  # of steps on ready quantities; without a fault, as many as steps
+    analysed: int = 0   # those steps that an analysis precedes; without a fault, as many as analyses
 
     @property
     def ok(self):
@@ -811,7 +815,7 @@ class Report:
 
 
 class Mistake(Exception):
-    """Mistake(kind, reason): what ends a check."""
+    """Mistake(kind, reason) or Mistake(kind, reason, behavior): what ends a check."""
 
 
 OPERAND = "(?:-?[0-9]{1,100}|[A-Za-z]+)"
@@ -877,8 +881,8 @@ def check_equation(node, equation, letters, values, task, subgoal):
     return truth, single and has_subgoals(equation, task)
 
 
-def check_line(problem, step, letters, values):
-    """Everything about a step but its equation. Raises Mistake."""
+def check_line(problem, step, letters, values, report):
+    """Everything about a step but its equation; counts those on locked quantities. Raises Mistake."""
     if step is None:
         raise Mistake("format", "the line is not a step")
     if step.node not in problem.nodes:
@@ -889,13 +893,14 @@ def check_line(problem, step, letters, values):
     if node.name not in letters and step.letter in letters.values():
         raise Mistake("format", f"the letter {step.letter} is taken")
     if step.analysis and step.analysis != node.text:
-        raise Mistake("retrieval", f"this is not the premise of '{node.name}'")
+        raise Mistake("retrieval", f"this is not the premise of '{node.name}'", "analysis")
     unsolved = [p for p in node.parents if p not in values]  # if there are any, the node is locked
+    report.locked += bool(unsolved)
     if step.missing and not unsolved:
-        raise Mistake("order", f"a reflection on '{node.name}', which can be solved")
+        raise Mistake("order", f"a reflection on '{node.name}', which can be solved", "reflection")
     if step.missing and set(step.missing) != set(unsolved):
         raise Mistake("order", "the reflection names other quantities than the unsolved parents of "
-                               f"'{node.name}'")
+                               f"'{node.name}'", "reflection")
     if not step.missing and node.name in values:
         raise Mistake("order", f"'{node.name}' is solved already")
     if not step.missing and unsolved:
@@ -919,15 +924,17 @@ def check_trace(problem, response, subgoal=False):
     letters, values, last = {}, {}, None
     try:
         for number, step in read_lines(problem, response):
-            check_line(problem, step, letters, values)
+            check_line(problem, step, letters, values, report)
             letters[step.node] = step.letter
             report.analyses += bool(step.analysis)
             if step.missing:
                 report.reflections += 1
                 continue
             node, last = problem.nodes[step.node], step.node
+            report.equations += 1
             values[last], subgoals = check_equation(node, step.equation, letters, values, task, subgoal)
             report.steps += 1
+            report.analysed += bool(step.analysis)
             report.subgoals += subgoals
             report.redundant += last not in needed
         number = response.count("\n") + 1

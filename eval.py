@@ -121,8 +121,33 @@ def behaviors(reports):
     """Mean number per response of what check_trace counts up to the first fault; share without a fault."""
     names = ("steps", "reflections", "analyses", "subgoals", "redundant")
     counts = {name: sum(getattr(r, name) for r in reports) / len(reports) for name in names}
-    return counts | {"sound": sum(r.ok for r in reports) / len(reports),
+    return counts | {"reliable": reliability(reports), "sound": sum(r.ok for r in reports) / len(reports),
                      "first_fault": dict(Counter(r.error.kind for r in reports if r.error).most_common())}
+
+
+def reliability(reports):
+    """How often a behavior does its work: {what: [times it did, of how many]}, up to the first fault of each.
+
+    locked: lines on a locked quantity, and those that reflect with exactly the right names; ready: lines on a
+    ready one, and those without a false reflection; analysed, not_analysed: equations of steps with and
+    without an analysis, and the right ones; arithmetic: equations without any other fault, and the right
+    ones; premises: analyses, and those that restate the right premise."""
+    def total(name):
+        return sum(getattr(r, name) for r in reports)
+
+    wrong = [r for r in reports if r.error]
+    false = sum(r.error.behavior == "reflection" and r.locked == r.reflections for r in wrong)
+    other_premise = sum(r.error.behavior == "analysis" for r in wrong)
+    miscounted = sum(r.error.kind == "arithmetic" for r in wrong)
+    steps, analyses, analysed, equations = map(total, ("steps", "analyses", "analysed", "equations"))
+    return {"locked": [total("reflections"), total("locked")], "ready": [equations, equations + false],
+            "analysed": [analysed, analyses], "not_analysed": [steps - analysed, equations - analyses],
+            "arithmetic": [steps, steps + miscounted], "premises": [analyses, analyses + other_premise]}
+
+
+RELIABLE = ("locked quantities reflected on rightly", "ready ones without a false reflection",
+            "equations right after an analysis", "without one", "arithmetic right",
+            "analyses that restate the right premise")  # the same in words
 
 
 def score_rollouts(hits, samples):
@@ -461,7 +486,10 @@ def draw_intervals(axis, rows, names):
 # ----------------------------------------------------------- 5. Many seeds: results.csv, and the report on it
 KEY = ("task", "method", "seed", "stage", "split", "ops")  # names a row; ops: operations, promptbench: depth
 # process: empty where no steps were checked; p: of injection, empty where nothing was or nobody knows
-COLUMNS = (*KEY, "n", "correct", "process", "p")
+# behaviors in all n answers, up to the first fault of each, those that did their work; and first faults
+COUNTS = ("reflections", "analyses", "subgoals", "locked", "false_reflections", "order", "retrieval",
+          "arithmetic", "format", "answer")
+COLUMNS = (*KEY, "n", "correct", "process", "p", *COUNTS)
 
 
 def sft_info(policy):
@@ -502,6 +530,17 @@ def origin(policy, name):
     return method_name(policy, name), info.get("seed", 0), stage
 
 
+def counts(score):
+    """COUNTS of one checkpoint on one set of problems."""
+    if "behaviors" not in score:
+        return {}
+    found, n = score["behaviors"], score["n"]
+    reliable, faults = found["reliable"], found["first_fault"]
+    return {name: round(found[name] * n) for name in ("reflections", "analyses", "subgoals")} | {
+        "locked": reliable["locked"][1], "false_reflections": reliable["ready"][1] - reliable["ready"][0]} | {
+        kind: faults.get(kind, 0) for kind in COUNTS[5:]}
+
+
 def cells(policy, name, splits, scores):
     """The rows of results.csv for one checkpoint, each with the majority answer's beside it."""
     method, seed, stage = origin(policy, name)
@@ -511,18 +550,19 @@ def cells(policy, name, splits, scores):
         tasks = "+".join(sorted({p.task for p in problems}))
         row = dict(task=tasks, seed=seed, split=split, ops=f"{min(sizes)}-{max(sizes)}", n=n)
         yield row | dict(method=method, stage=stage, correct=score["correct"], process=score["process"],
-                         p=injection_p(policy))
+                         p=injection_p(policy), **counts(score))
         yield row | dict(method="majority", stage="", correct=round(score["majority"] * n), process=None)
 
 
 def read_results(path):
-    """The rows of results.csv. Older files have no task (then igsm), no process and no p (then None)."""
+    """The rows of results.csv. Older files have no task (then igsm), no process, p and counts (then None)."""
+    unknown = dict.fromkeys(("process", "p", *COUNTS), "")
     try:
         with open(path, newline="") as file:
-            rows = [{"task": "igsm", "process": "", "p": ""} | row for row in csv.DictReader(file)]
+            rows = [{"task": "igsm"} | unknown | row for row in csv.DictReader(file)]
         for row in rows:
             row |= {name: int(row[name]) for name in ("seed", "n", "correct")}
-            row["process"] = int(row["process"]) if row["process"] else None
+            row |= {name: int(row[name]) if row[name] else None for name in ("process", *COUNTS)}
             row["p"] = float(row["p"]) if row["p"] else None
         return [{name: row[name] for name in COLUMNS} for row in rows]
     except (OSError, KeyError, ValueError, TypeError):
@@ -533,7 +573,7 @@ def read_results(path):
 def write_results(path, new):
     """Put rows into results.csv: a cell that is there already is replaced, all others stay."""
     old = read_results(path) if os.path.exists(path) else []
-    rows = {tuple(str(row[name]) for name in KEY): row for row in [*old, *new]}
+    rows = {tuple(str(row[name]) for name in KEY): row for row in [*old, *new]}  # DictWriter fills in ""
     with data.replacing(path) as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
@@ -928,6 +968,8 @@ def details(scores):
         faults = ", ".join(f"{kind} {times}" for kind, times in b["first_fault"].items()) or "none"
         yield (f"a response has {b['steps']:.1f} sound steps, {b['reflections']:.2f} reflections, "
                f"{b['analyses']:.2f} analyses, {b['subgoals']:.2f} subgoal chains; first fault: {faults}")
+        yield ", ".join(f"{words} {good / of:.1%} of {of}" for (good, of), words in
+                        zip(b["reliable"].values(), RELIABLE) if of) or "no step was begun"
     if "rollouts" in scores:
         r = scores["rollouts"]
         none, every = r["histogram"][0], r["histogram"][-1]

@@ -237,6 +237,23 @@ def test_without_matplotlib(tmp_path, script, monkeypatch):
     assert result.returncode == 2 and "pip install matplotlib" in result.stderr
 
 
+def test_reliability_of_behaviors():
+    """Bugs: a reflection on a ready quantity counted as one on a locked quantity, or wrong names as right
+    ones; a wrong sum after an analysis counted as the analysis's failure to restate the premise."""
+    problem = data.read_question("\n".join([
+        "The value of aaa is 3.", "aab gets its value by adding together the value of aaa and aac.", "The value of aac is 4.", "What is the value of aab?"]), None)
+    given = "Let's solve aaa, aaa = 3\n"
+    reflect = "Let's solve aab, but {} must be known first, so aab has to wait.\n"
+    lines = {"right": reflect.format("aaa and aac") + given, "names": given + reflect.format("aaa and aac"),
+             "false": reflect.replace("aab", "aac").format("aaa"), "none": "Let's solve aab, aab = 7\n"}
+    found = {name: evaluation.reliability([data.check_trace(problem, "<think>\n" + text + "</think>")])
+             for name, text in lines.items()}
+    assert {name: f["locked"] for name, f in found.items()} == {
+        "right": [1, 1], "names": [0, 1], "false": [0, 0], "none": [0, 1]}
+    assert {name: f["ready"] for name, f in found.items()} == {
+        "right": [1, 1], "names": [1, 1], "false": [0, 1], "none": [0, 0]}
+
+
 def test_majority_answer():
     """Bug: a baseline that always answers 0 where another answer is more frequent."""
     problems = [data.Problem("", answer, "", {}) for answer in (0, 7, 7, 0, 7, 3)]
