@@ -468,11 +468,12 @@ PHRASES = [
     "squaring the value that ", " has", "What is the value of ", "Let's solve ", ", given that ", ", but ",
     "quote", "lack", "know", "next", "tree", "let", " be ", " made of", " nothing", " given"]
 EXAM_EVERY = 10  # pools of 256 texts between two rows of the log
-# What the problems look like, from easy to hard; the harder ones join in during the first half.
+# What the problems look like, from easy to hard; the harder ones join in during the first half of the tokens,
+# or are there from the start in a run without skills first: it goes on from a base that knows the easy ones.
 CURRICULUM = {"igsm": [dict(ops=(1, 3)), dict(ops=(3, 5), size=(3, 4)), dict(ops=(6, 8), size=(4, 5)),
                        dict(ops=(8, 10), size=(5, 6))],
               "promptbench": [dict(depth=2, redundancy=(0, 2)), dict(depth=3, redundancy=(0, 2)),
-                              dict(depth=3, redundancy=(0, 2)), dict(depth=4, redundancy=(0, 2))]}
+                              dict(depth=4, redundancy=(0, 2)), dict(depth=4, redundancy=(0, 2))]}
 COMMON = {"igsm": dict(max_value=100, tidy=True), "promptbench": dict(max_value=100, names=64)}
 
 
@@ -552,13 +553,19 @@ def copy_text(rng, problem):
     return "Copy.", pieces
 
 
+def unless_unordered(skill, node, names):
+    """The skill that words which list `names` belong to: none for several parents of an implied quantity, as
+    no premise says which comes first."""
+    return skill if node.text or len(names) < 2 else ""
+
+
 def quote_text(rng, problem):
     """What a quantity's premise says, or what an implied one is made of."""
     pieces = []
     for node in rng.sample(list(problem.nodes.values()), len(problem.nodes)):
         made_of = f" made of {data.listed(node.parents)}"
         text = node.text.partition(node.name)[2] or (f" {node.text}" if node.text else made_of)
-        pieces += [(f"quote {node.name}:", ""), (f"{text}\n", "quote")]
+        pieces += [(f"quote {node.name}:", ""), (f"{text}\n", unless_unordered("quote", node, node.parents))]
     return "Quote.", pieces
 
 
@@ -569,8 +576,9 @@ def missing_text(rng, problem):
     for name in rng.sample(list(problem.nodes), len(problem.nodes)):
         if inner:
             node = rng.choice(inner)
-            lacking = data.listed([p for p in node.parents if p not in known])
-            pieces += [(f"lack {node.name}:", ""), (f" {lacking or 'nothing'}\n", "missing")]
+            lacking = [p for p in node.parents if p not in known]
+            pieces += [(f"lack {node.name}:", ""), (f" {data.listed(lacking) or 'nothing'}\n",
+                                                    unless_unordered("missing", node, lacking))]
         pieces.append((f"know {name}\n", ""))
         known.add(name)
     return "Missing.", pieces
@@ -591,9 +599,10 @@ def tree_text(rng, problem):
     """From the target backwards: what each quantity rests on."""
     queue, pieces = [problem.target], []
     for name in queue:  # it grows on the way
-        parents = problem.nodes[name].parents
-        pieces.append((f"tree {name}: {data.listed(parents) or 'given'}\n", "tree"))
-        queue += [p for p in parents if p not in queue]
+        node = problem.nodes[name]
+        pieces.append((f"tree {name}: {data.listed(node.parents) or 'given'}\n",
+                       unless_unordered("tree", node, node.parents)))
+        queue += [p for p in node.parents if p not in queue]
     return f"Tree: {problem.target}", pieces
 
 
@@ -629,7 +638,7 @@ def sums_text(rng, problem):
 
 
 SKILLS = {  # and how often each is read
-    "copy": (copy_text, 1), "quote": (quote_text, 3), "missing": (missing_text, 5), "order": (order_text, 2),
+    "copy": (copy_text, 1), "quote": (quote_text, 3), "missing": (missing_text, 15), "order": (order_text, 2),
     "tree": (tree_text, 2), "letters": (letters_text, 3), "sums": (sums_text, 2)}
 
 
@@ -643,7 +652,8 @@ def skill_text(rng, skill, problem):
 def draw_text(rng, progress, args):
     """One text, (question, pieces), by how far the training is: `progress` goes from 0 to 1."""
     easy_to_hard = CURRICULUM[args.task]
-    known = easy_to_hard[:2 + round(min(1.0, 2 * progress) * (len(easy_to_hard) - 2))]
+    harder = min(1.0, 2 * progress) if args.skills else 1.0  # the share of the harder ones that has joined in
+    known = easy_to_hard[:2 + round(harder * (len(easy_to_hard) - 2))]
     style = "skill" if progress < args.skills else rng.choices(list(SHARES), list(SHARES.values()))[0]
     problem = ""
     while isinstance(problem, str) or data.split_of(problem.question) != "train":
