@@ -490,6 +490,7 @@ KEY = ("task", "method", "seed", "stage", "split", "ops")  # names a row; ops: o
 COUNTS = ("reflections", "analyses", "subgoals", "locked", "false_reflections", "order", "retrieval",
           "arithmetic", "format", "answer")
 COLUMNS = (*KEY, "n", "correct", "process", "p", *COUNTS)
+SFT_N = 2000  # sft.py's --n if nobody says otherwise
 
 
 def sft_info(policy):
@@ -502,17 +503,18 @@ def sft_info(policy):
 
 def method_name(policy, name=""):
     """The method of the SFT answers: "vanilla", "bridge", "subgoal" (a behavior alone), "bridge-p0.1" (with
-    another p than the preset's)."""
+    another p than the preset's), "vanilla-n3000" (with another number of problems)."""
     info = sft_info(policy)
     if info.get("data"):  # the answers came from a file, and sft.py's --method says nothing about it
         return run_of(info["data"])
     method, behaviors = info.get("method", run_of(name)), info.get("behaviors", inject.BEHAVIORS)
+    number = "" if info.get("n", SFT_N) == SFT_N else f"-n{info['n']}"
     if method != "bridge" or "p" not in info:
-        return method
+        return method + number
     if set(behaviors) != set(inject.BEHAVIORS):
         method = "+".join(behavior for behavior in inject.BEHAVIORS if behavior in behaviors) or "vanilla"
     used = set(behaviors) - {"subgoal"} and info["p"] != sft.preset(policy.model, sft.PRESETS)["p"]
-    return f"{method}-p{info['p']:g}" if used else method
+    return (f"{method}-p{info['p']:g}" if used else method) + number
 
 
 def injection_p(policy):
@@ -524,10 +526,17 @@ def injection_p(policy):
 
 
 def origin(policy, name):
-    """(method of the SFT answers, seed, stage) of a checkpoint, from the arguments that are kept in it."""
-    info = policy.info or {}
-    stage = "rl" if info.get("stage") == "grpo" else "sft"
-    return method_name(policy, name), info.get("seed", 0), stage
+    """(method, seed, stage) of a checkpoint, from the arguments kept in it. The method is that of the SFT
+    answers and, behind colons, what GRPO did otherwise than its preset: "bridge:filter", "vanilla:400-steps".
+    """
+    info, method = policy.info or {}, method_name(policy, name)
+    if info.get("stage") != "grpo":
+        return method, info.get("seed", 0), "sft"
+    if info.get("filter"):
+        method += ":filter"
+    if "steps" in info and info["steps"] != sft.preset(policy.model, grpo.PRESETS)["steps"]:
+        method += f":{info['steps']}-steps"
+    return method, info.get("seed", 0), "rl"
 
 
 def counts(score):
@@ -615,6 +624,8 @@ def report(path):
     for (task, split), cell in sorted(shares(read_results(path)).items()):
         guess = statistics.mean(cell["majority", ""].values() or [math.nan])
         for method in sorted({method for method, stage in cell if stage == "rl"}):
+            for stage in ("sft", "sft-process"):  # RL's options have the same SFT policy
+                cell[method, stage] = cell[method.partition(":")[0], stage]
             gain = cell[method, "gain"] = minus(cell[method, "rl"], cell[method, "sft"])
             if gain:
                 stages = ("sft", "rl", "gain", "sft-process", "rl-process")

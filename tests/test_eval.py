@@ -241,7 +241,8 @@ def test_reliability_of_behaviors():
     """Bugs: a reflection on a ready quantity counted as one on a locked quantity, or wrong names as right
     ones; a wrong sum after an analysis counted as the analysis's failure to restate the premise."""
     problem = data.read_question("\n".join([
-        "The value of aaa is 3.", "aab gets its value by adding together the value of aaa and aac.", "The value of aac is 4.", "What is the value of aab?"]), None)
+        "The value of aaa is 3.", "aab gets its value by adding together the value of aaa and aac.",
+        "The value of aac is 4.", "What is the value of aab?"]), None)
     given = "Let's solve aaa, aaa = 3\n"
     reflect = "Let's solve aab, but {} must be known first, so aab has to wait.\n"
     lines = {"right": reflect.format("aaa and aac") + given, "names": given + reflect.format("aaa and aac"),
@@ -333,10 +334,12 @@ def test_report_as_a_figure(tmp_path, script, monkeypatch):
 @pytest.mark.parametrize("made, method, p", [
     (dict(), "bridge", 0.3), (dict(p=0.1), "bridge-p0.1", 0.1), (dict(behaviors=["subgoal"]), "subgoal", 0.0),
     (dict(behaviors=["reflection"]), "reflection", 0.3), (dict(method="vanilla"), "vanilla", None),
-    (dict(data="runs/x-1.jsonl"), "x", None)])
+    (dict(data="runs/x-1.jsonl"), "x", None), (dict(method="vanilla", n=3000), "vanilla-n3000", None)])
 def test_rows_say_which_behaviors(tiny, made, method, p):
     """Bug: cells of different answers under one name, so that one overwrites the other."""
     usual = dict(stage="sft", method="bridge", behaviors=["subgoal", "analysis", "reflection"], p=0.3, seed=1)
     policy = tiny()
     policy.info = dict(stage="grpo", seed=1, base=usual | made)
     assert (evaluation.origin(policy, "y.pt")[0], evaluation.injection_p(policy)) == (method, p)
+    policy.info |= dict(filter=[1, 7], steps=7)
+    assert evaluation.origin(policy, "y.pt")[0] == f"{method}:filter:7-steps"
