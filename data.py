@@ -1134,27 +1134,40 @@ positive = number(float, 5e-324, math.inf, "a number above 0")
 not_negative = number(float, 0, math.inf, "a number of at least 0")
 share = number(float, 0, 1, "a number from 0 to 1")
 
-# What the embedded tiny model is trained on, and the operations of its out-of-distribution (OOD) test.
-TINY, TINY_OOD = dict(ops=(2, 4), max_value=100), (5, 6)
+# The tiny models' problems, and what is harder in their out-of-distribution (OOD) test.
+TINY = {"igsm": dict(ops=(6, 8), size=(4, 5), tidy=True, max_value=100),
+        "promptbench": dict(depth=4, redundancy=(0, 2), names=64, max_value=100)}
+TINY_OOD = {"igsm": dict(ops=(8, 10), size=(5, 6)), "promptbench": dict(depth=5)}
 RANGES = {"ops": (1, 30), "size": (2, 30), "depth": (1, 7), "redundancy": (0, 30), "names": (1, len(NAMES)),
           "max_answer": (1, math.inf), "max_value": (1, math.inf)}  # what may be asked for
 
 
 def add_problem_flags(parser):
-    """The flags that say which problems are drawn, for all scripts that draw some; RANGES bounds them."""
+    """The flags that say which problems are drawn, for all scripts that draw some. RANGES bounds them;
+    `problem_options` says what happens without one."""
     add, pair = parser.add_argument, dict(type=int, nargs=2, metavar=("LO", "HI"))
-    add("--task", default="igsm", choices=list(TASKS), help="which kind of problem")
-    add("--ops", **pair, help="igsm: operations a problem; default: "
-        f"{TINY['ops'][0]} {TINY['ops'][1]}, with --max-value {TINY['max_value']}")
+    add("--task", default="igsm", choices=list(TASKS), help="which kind of problem; without --ops or --depth "
+        f"the tiny model's: {', '.join(f'{task} {as_flags(options)}' for task, options in TINY.items())}")
+    add("--ops", **pair, help="igsm: operations a problem")
     add("--size", **pair, help="igsm: premises a problem; default: follows the operations")
-    add("--tidy", action="store_true",
+    add("--tidy", action="store_true", default=None,
         help="igsm: letters in order of appearance and one wording (a small model's answers)")
-    add("--depth", type=int, default=4, help="promptbench: levels of the tree")
-    add("--redundancy", **pair, default=(0, 8), help="promptbench: trees that serve nothing")
-    add("--names", type=int, default=len(NAMES), help="promptbench: how many names there are to draw from")
-    add("--max-answer", type=int, default=1000, help="drop problems with |answer| >= this")
+    add("--depth", type=int, help="promptbench: levels of the tree")
+    add("--redundancy", **pair, help="promptbench: trees that serve nothing; default: 0 8")
+    add("--names", type=int, help=f"promptbench: how many names there are; default: {len(NAMES)}")
+    add("--max-answer", type=int, help="drop problems with |answer| >= this; default: 1000")
     add("--max-value", type=int,
         help="drop problems where a value on the way is >= this (a small model's arithmetic)")
+
+
+def as_flags(options):
+    """Options of `generate` as flags: "--ops 6 8 --tidy"."""
+    flags = []
+    for name, value in options.items():
+        flags.append(f"--{name.replace('_', '-')}")
+        if value is not True:
+            flags += map(str, [value] if isinstance(value, int) else value)
+    return " ".join(flags)
 
 
 def check_options(options):
@@ -1173,11 +1186,11 @@ def check_options(options):
 
 
 def problem_options(args):
-    """Those flags, checked, as keyword arguments of `generate`. Without --ops: the tiny model's problems."""
-    options = {name: getattr(args, name) for name in TASKS[args.task].options}
-    if args.task == "igsm" and args.ops is None:
-        options["ops"] = TINY["ops"]
-        options["max_value"] = TINY["max_value"] if args.max_value is None else args.max_value
+    """Those flags, checked, as keyword arguments of `generate`. Without --ops (igsm) or --depth (promptbench)
+    what is not given is as in the tiny model's problems."""
+    usual = TINY[args.task] if args.ops is None and args.depth is None else {}
+    given = {name: getattr(args, name) for name in TASKS[args.task].options}
+    options = usual | {name: value for name, value in given.items() if value is not None}
     check_options(options)
     return {"task": args.task} | options
 

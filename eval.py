@@ -857,8 +857,9 @@ def read_arguments():
     add("--data", nargs="+", help="JSONL files; default: fresh ones, in (id) and out of (ood) distribution")
     data.add_problem_flags(parser)
     add("--ood", type=data.natural, nargs=2, metavar=("LO", "HI"),
-        help="what is harder out of distribution: igsm, operations (default: up to 3 more); "
-             "promptbench, redundancy (default: 20 22)")
+        help="what is harder out of distribution: igsm, operations (default: up to 3 more); promptbench, "
+             "redundancy (20 22); for the tiny models' problems " +
+             " and ".join(map(data.as_flags, data.TINY_OOD.values())))
     add("--n", type=data.positive_int, default=300, help="fresh problems a split")
     add("--max-new-tokens", type=data.positive_int, default=512, help="longer responses are cut")
     add("--samples", type=data.natural, default=0, help="also k rollouts a problem at temperature 1")
@@ -916,12 +917,14 @@ def read_splits(args):
     options = data.problem_options(args)
     if args.data:
         return {path: read_file(path) for path in args.data}
-    if args.task == "promptbench":
-        harder = {"redundancy": args.ood or (20, 22)}
-    elif args.ood or not args.ops:
-        harder = {"ops": args.ood or data.TINY_OOD}
-    else:
+    if args.ood:
+        harder = {"ops" if args.task == "igsm" else "redundancy": args.ood}
+    elif args.ops is None and args.depth is None:
+        harder = data.TINY_OOD[args.task]
+    elif args.task == "igsm":
         harder = {"ops": [min(30, args.ops[1] + more) for more in (1, 3)]}  # data.py draws up to 30
+    else:
+        harder = {"redundancy": (20, 22)}
     splits = {"id": options, "ood": options | harder}
     return {name: list(itertools.islice(data.generate(seed=args.seed, split="test", **chosen), args.n))
             for name, chosen in splits.items()}
@@ -998,7 +1001,7 @@ def measure_all(args, splits):
     """--ckpt's checkpoints, one after the other: [{"path", "splits": {split: scores}}]."""
     analyses = [name for name in ("influence", "entropy") if getattr(args, name)]
     results = []
-    for name in [sample.default_checkpoint(name) for name in args.ckpt or [None]]:
+    for name in [sample.default_checkpoint(name, args.task) for name in args.ckpt or [None]]:
         policy = sample.load_policy(name)
         if not results:
             print(sample.describe(policy))

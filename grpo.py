@@ -707,7 +707,7 @@ def sampler_rows(policy, args, longest):
 
 def announce(policy, args, options, longest, limit):
     """What the run will do and what it will take."""
-    drawn = ", ".join(f"{name} {value}" for name, value in options.items() if value is not None)
+    drawn = ", ".join(f"{name} {value}" for name, value in options.items())
     print(sample.describe(policy))
     print(sft.describe_memory(memory(policy, args, longest, rows=limit), sft.free_memory(policy.model)))
     print(f"{args.steps} steps of {args.prompts} problems x {args.n} rollouts "
@@ -720,7 +720,7 @@ def main():
     add_flags(parser)
     args = parser.parse_args()
     options = data.problem_options(args)
-    checkpoint = sample.default_checkpoint(args.ckpt)
+    checkpoint = sample.default_checkpoint(args.ckpt, args.task)
     check(args, parser, checkpoint)
     run = None if args.hand_over else sft.Run(args.out, args.resume)
     policy = sample.load_policy(checkpoint)

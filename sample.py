@@ -43,7 +43,7 @@ from data import InputError
 
 # --------------------------------------------------------------------------- 1. The policy and its checkpoint
 FORMAT, VERSION = "bridge-policy", 1
-TINY_BASE = Path(__file__).parent / "results" / "tiny" / "base.pt"
+TINY_BASE = Path(__file__).parent / "results" / "tiny" / "igsm.pt"
 
 
 @dataclass
@@ -281,17 +281,17 @@ def _same_logits(policy, folder):
     return bool((a - b).abs().max() <= rounding * a.abs().max())
 
 
-def default_checkpoint(name=None):
-    """The checkpoint to use: `name` if given, else sft.pt, else the tiny base (a line on stderr says so)."""
+def default_checkpoint(name=None, task="igsm"):
+    """The checkpoint to use: `name` if given, else sft.pt, else a task's tiny base (stderr says so)."""
     if name is not None:
         if str(name).endswith(".pt") and not os.path.isfile(name):
             raise InputError(f"{name}: no such file (--ckpt); run sft.py first or name another checkpoint")
         return str(name)
     if os.path.isfile("sft.pt"):
         return "sft.pt"
-    print(f"no sft.pt here: using the tiny base model {TINY_BASE} (python sft.py fine-tunes it)",
-          file=sys.stderr)
-    return str(TINY_BASE)
+    base = TINY_BASE.with_stem(task)
+    print(f"no sft.pt here: using the tiny base model {base} (python sft.py fine-tunes it)", file=sys.stderr)
+    return str(base)
 
 
 def describe(policy):
@@ -1294,7 +1294,7 @@ def main():
     parser = data.Parser("Sample rollouts from a policy and show them with their reward.")
     add = parser.add_argument
     add("--ckpt", help="a .pt file, a Hugging Face folder or name; default: sft.pt, else the tiny base")
-    add("--data", help="JSONL problems (default: fresh iGSM problems of 2 to 5 operations)")
+    add("--data", help="JSONL problems (default: fresh iGSM problems as of the tiny model)")
     add("--problems", type=data.positive_int, default=2, help="how many problems to answer")
     add("--n", type=data.positive_int, default=4, help="rollouts per problem")
     add("--max-new-tokens", type=data.positive_int, default=512, help="a longer response is cut")
@@ -1304,7 +1304,7 @@ def main():
     policy = load_policy(default_checkpoint(args.ckpt))
     print(describe(policy), file=sys.stderr)
     source = data.read_problems(args.data) if args.data else \
-        data.generate(ops=(2, 5), seed=args.seed, split="test")
+        data.generate(seed=args.seed, split="test", **data.TINY["igsm"])
     problems = list(itertools.islice(source, args.problems))
     prompts = [encode_prompt(policy.tokenizer, problem.question) for problem in problems]
     for _ in range(2 if policy.device.type == "cuda" else 1):  # the first time, a GPU captures its graphs

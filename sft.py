@@ -893,7 +893,7 @@ PRESETS = {"tiny": dict(lr=1e-3, batch=32, epochs=1, p=0.3),  # ours, for a mode
 def add_flags(parser):
     add, preset = parser.add_argument, describe_presets(PRESETS)
     add("--model", default="tiny",
-        help="tiny (results/tiny/base.pt), scratch (pretrain one), a .pt file, a Hugging Face folder, a name")
+        help="tiny (the task's base), scratch (pretrain one), a .pt file, a Hugging Face folder, a name")
     add("--data", help="JSONL with responses; default: --n fresh problems with --method's answers")
     add_run_flags(parser, out="sft.pt")
     problems = parser.add_argument_group("fresh problems")
@@ -968,7 +968,7 @@ def main():
     add_flags(parser)
     args = parser.parse_args()
     options = data.problem_options(args)
-    start = sample.TINY_BASE if args.model == "tiny" else args.model
+    start = sample.TINY_BASE.with_stem(args.task) if args.model == "tiny" else args.model
     check(args, parser, start)
     args.command = " ".join(["python", "sft.py", *sys.argv[1:]])
     if args.model == "scratch":

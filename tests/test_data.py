@@ -239,7 +239,7 @@ def test_large_questions():
 
 
 @pytest.mark.parametrize("flags, digest", [
-    (("--ops", "15", "20"), "9f2dbd89e568d63d"), (("--task", "promptbench"), "3a20d1e0bac0e8ab")])
+    (("--ops", "15", "20"), "9f2dbd89e568d63d"), (("--task", "promptbench", "--depth", "4"), "3a20d1e0bac0e8ab")])
 def test_same_seed_same_bytes(flags, digest, script, tmp_path, monkeypatch):
     """A draw that depends on the workers, on the hash seed of Python, or on the version of this file."""
     for workers, hash_seed in [(1, "0"), (2, "1")]:

@@ -281,7 +281,7 @@ def test_table_and_json(script, tmp_path, tiny_file):
     assert written["mcnemar"] and all(c["p"] == 1 for c in written["mcnemar"])  # a policy against itself
     with open(tmp_path / "results.csv") as file:
         assert len(file.readlines()) == 5  # the same checkpoint twice: two splits, and the majority in each
-    options = dict(ops=data.TINY["ops"], max_value=data.TINY["max_value"], split="test")
+    options = data.TINY["igsm"] | dict(split="test")
     problems = list(itertools.islice(data.generate(**options), 12))
     assert scores[0]["splits"]["id"]["majority"] == evaluation.majority(problems)
 

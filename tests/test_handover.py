@@ -213,7 +213,7 @@ def test_sft_records(handed):
     """Bug: labels on the question, or no end token to learn."""
     folder = handed("sft.py", "--method", "vanilla")
     tokenizer = sample.load_policy(folder / "policy", device="cpu").tokenizer
-    stream = data.generate(seed=0, ops=data.TINY["ops"], max_value=data.TINY["max_value"])
+    stream = data.generate(seed=0, **data.TINY["igsm"])
     problems = list(itertools.islice(stream, 12))
     rows = [json.loads(line) for line in (folder / "sft.jsonl").read_text().splitlines()]
     assert len(rows) == 12

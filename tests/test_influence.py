@@ -191,7 +191,7 @@ def test_prediction_and_a_real_step():
     was predicted for it. Their influence on each other is had from two calls, since in the pool of both, G is
     the mean of both parts' G. Shuffled rollouts fail. (Found: correlation 0.99999, slope 1.0001 lr. The
     statement holds for any reward; this one is soon earned: a first step in one of the wordings.)"""
-    policy = sample.load_policy(sample.TINY_BASE)
+    policy = sample.load_policy(sample.TINY_BASE.with_stem("base"))  # has read both wordings
     options = dict(ops=(2, 2), size=(2, 3), max_value=100, split="val")  # short prompts
     problems = [p for p, _ in zip(data.generate(**options), range(120))]
     prompts = [sample.encode_prompt(policy.tokenizer, p.question) for p in problems]

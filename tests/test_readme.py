@@ -92,4 +92,4 @@ def test_runs_without_arguments(script, name, words):
     result = script(name, *(["--n", 10, "--max-new-tokens", 100] if name == "eval.py" else []))
     assert result.returncode == 0 and words in result.stdout, result.stderr
     if name in ("sample.py", "eval.py"):
-        assert "base.pt" in result.stderr
+        assert "igsm.pt" in result.stderr

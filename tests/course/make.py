@@ -86,7 +86,7 @@ def make(out, chosen):
     (out / "README.md").write_text(re.sub(r"^## Teach with it\n.*?(?=^## )", "", readme, flags=re.M | re.S))
     (out / "EXERCISES.md").write_text(INTRODUCTION + "\n".join(describe(*pair) for pair in numbered))
     pictures = [f"results/tiny/{path.name}" for path in (grade.ROOT / "results/tiny").glob("*.png")]
-    for name in ("requirements.txt", "results/tiny/base.pt", "tests/course/exercises.py",
+    for name in ("requirements.txt", "results/tiny/igsm.pt", "tests/course/exercises.py",
                  "tests/course/grade.py", *pictures):
         shutil.copy(grade.ROOT / name, out / name)
     questions = {exercise.names[0]: dict.fromkeys(exercise.questions) | {"why": ""}

@@ -86,7 +86,7 @@ def test_nothing_in_the_students_copy_gives_an_answer_away(students):
     files = sorted(str(path.relative_to(students)) for path in students.rglob("*") if path.is_file())
     pictures = [f"results/tiny/{path.name}" for path in (grade.ROOT / "results/tiny").glob("*.png")]
     assert files == sorted([*(f"{chapter}.py" for chapter in grade.CHAPTERS), "EXERCISES.md", "README.md",
-                            "requirements.txt", "results/tiny/base.pt", *pictures,
+                            "requirements.txt", "results/tiny/igsm.pt", *pictures,
                             "tests/course/exercises.py", "tests/course/grade.py",
                             "tests/course/expected.json", "tests/course/experiments/answers.json"])
     texts = [name for name in files if name.endswith((".py", ".md", ".json"))]
