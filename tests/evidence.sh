@@ -1,22 +1,43 @@
 #!/usr/bin/env bash
-# The runs behind results.csv: bash results/tiny/evidence.sh TASK in a fresh clone. A row is an SFT run, a GRPO
-# run and an evaluation; rows that results.csv holds are left out, and a run that was killed goes on. Two tasks
-# can run side by side, one core each (OMP_NUM_THREADS=1).
+# The runs behind results/tiny/results.csv. In a fresh clone:
+#
+#     OMP_NUM_THREADS=1 bash tests/evidence.sh igsm         # beside it, on another core: promptbench
+#
+# A row is an SFT run, a GRPO run and their evaluation. What results.csv holds is not run again, and a run that
+# was killed goes on where it was saved: start the command again. Everything is equal but what a row names.
 set -euo pipefail
-cd "$(dirname "$0")/../.."
-task=$1; table=results/tiny/results.csv; logs=results/tiny/logs
+cd "$(dirname "$0")/.."
+task=$1 table=results/tiny/results.csv logs=results/tiny/logs
 mkdir -p runs
 
-row() {  # row NAME "SEEDS" "SFT flags" "GRPO flags" [SFT NAME whose policies are used]
-    local name=$1 seed sft run
-    for seed in $2; do
-        sft=runs/$task-${5:-$name}-$seed-sft run=runs/$task-$name-$seed
-        if grep -q "^$task,$name,$seed,rl,ood" $table; then continue; fi
-        python sft.py --task $task $3 --seed $seed --out $sft.pt --resume
-        python grpo.py --ckpt $sft.pt --task $task $4 --seed $seed --eval-every 0 --out $run.pt --resume
-        flock $table python eval.py --ckpt $sft.pt $run.pt --task $task --seed $seed --n 500 --results $table
-        cp $sft.csv $run.csv $logs/
-    done
+row() {  # row METHOD SEED "SFT flags" "GRPO flags": the name that eval.py gives the method; behind ":" is GRPO's
+    local sft=runs/$task-${1%%:*}-$2-sft run=runs/$task-${1//:/-}-$2
+    if grep -q "^$task,$1,$2,rl,ood," $table; then return; fi
+    echo "== $task, $1, seed $2"
+    python sft.py --task "$task" --seed "$2" $3 --out "$sft.pt" --resume
+    python grpo.py --task "$task" --seed "$2" --ckpt "$sft.pt" $4 --eval-every 0 --out "$run.pt" --resume
+    flock runs/lock python eval.py --task "$task" --seed "$2" --ckpt "$sft.pt" "$run.pt" --n 500 \
+        --max-new-tokens 400 --results $table
+    cp "$sft.csv" "$run.csv" $logs/
 }
 
-row vanilla "2 3 4 5 6" "--method vanilla" ""
+if [ "$task" = igsm ]; then more_sft=2620 more_rl=150; else more_sft=3230 more_rl=150; fi
+for seed in 2 3 4 5 6; do
+    row vanilla $seed "--method vanilla" ""
+    row bridge $seed "" ""
+done
+for seed in 2 3 4; do
+    for behavior in subgoal analysis reflection; do
+        row $behavior $seed "--behaviors $behavior" ""
+    done
+done
+[ "$task" = igsm ] || exit 0
+for seed in 2 3 4; do
+    row pp-aug $seed "--method pp-aug" ""
+    row rc-aug $seed "--method rc-aug" ""
+    row bridge-p0.1 $seed "--p 0.1" ""
+    row vanilla:filter $seed "--method vanilla" "--filter 1 7"
+    row bridge:filter $seed "" "--filter 1 7"
+    row vanilla-n$more_sft $seed "--method vanilla --n $more_sft" ""        # as many SFT tokens as bridge
+    row vanilla:$more_rl-steps $seed "--method vanilla" "--steps $more_rl"  # as many RL tokens as bridge
+done
