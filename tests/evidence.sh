@@ -21,7 +21,7 @@ row() {  # row METHOD SEED "SFT flags" "GRPO flags": the name that eval.py gives
     cp "$sft.csv" "$run.csv" $logs/
 }
 
-if [ "$task" = igsm ]; then more_sft=2620 more_rl=150; else more_sft=3230 more_rl=150; fi
+if [ "$task" = igsm ]; then more_sft=2620 more_rl=100; else more_sft=3230; fi
 for seed in 2 3 4 5 6; do
     row vanilla $seed "--method vanilla" ""
     row bridge $seed "" ""
