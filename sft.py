@@ -456,7 +456,7 @@ def train(policy, examples, args, run, log):
 # that no answer uses, then (2) a quarter skills and the rest plain and injected answers in equal parts: SFT
 # then chooses a style and not a competence.
 SHARES = {"skill": 0.25, "plain": 0.375, "injected": 0.375}  # of the texts after the first stage
-INJECTED_P = (0.2, 0.4, 0.6, 0.8)
+INJECTED_P = (0.1, 0.2, 0.3, 0.5)
 # What is one token, besides names, digits and letters: tags, wording of answers, PromptBench and skills.
 PHRASES = [
     *sample.TAGS, "\\boxed", "The number of", " more than", " times", " the sum of", " the difference of",
@@ -470,8 +470,8 @@ PHRASES = [
 EXAM_EVERY = 10  # pools of 256 texts between two rows of the log
 # What the problems look like, from easy to hard; the harder ones join in during the first half of the tokens,
 # or are there from the start in a run without skills first: it goes on from a base that knows the easy ones.
-CURRICULUM = {"igsm": [dict(ops=(1, 3)), dict(ops=(3, 5), size=(3, 4)), dict(ops=(7, 9), size=(5, 5)),
-                       dict(ops=(7, 9), size=(4, 6))],
+CURRICULUM = {"igsm": [dict(ops=(1, 3)), dict(ops=(3, 5), size=(3, 4)), dict(ops=(6, 8), size=(4, 5)),
+                       dict(ops=(8, 10), size=(5, 6))],
               "promptbench": [dict(depth=2, redundancy=(0, 2)), dict(depth=3, redundancy=(0, 2)),
                               dict(depth=3, redundancy=(2, 4)), dict(depth=4, redundancy=(0, 2))]}
 COMMON = {"igsm": dict(max_value=100, tidy=True), "promptbench": dict(max_value=100, names=64)}
