@@ -12,7 +12,7 @@ mkdir -p runs
 
 row() {  # row METHOD SEED "SFT flags" "GRPO flags": the name that eval.py gives the method; behind ":" is GRPO's
     local sft=runs/$task-${1%%:*}-$2-sft run=runs/$task-${1//:/-}-$2
-    if grep -q "^$task,$1,$2,rl,ood," $table; then return; fi
+    if grep -qs "^$task,$1,$2,rl,ood," $table; then return; fi
     echo "== $task, $1, seed $2"
     python sft.py --task "$task" --seed "$2" $3 --out "$sft.pt" --resume
     python grpo.py --task "$task" --seed "$2" --ckpt "$sft.pt" $4 --eval-every 0 --out "$run.pt" --resume
