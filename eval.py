@@ -146,7 +146,7 @@ def reliability(reports):
 
 
 RELIABLE = ("locked quantities reflected on rightly", "ready ones without a false reflection",
-            "equations right after an analysis", "without one", "arithmetic right",
+            "equations right after an analysis", "equations right without one", "arithmetic right",
             "analyses that restate the right premise")  # the same in words
 
 

@@ -21,7 +21,7 @@ row() {  # row METHOD SEED "SFT flags" "GRPO flags": the name that eval.py gives
     cp "$sft.csv" "$run.csv" $logs/
 }
 
-if [ "$task" = igsm ]; then more_sft=2620 more_rl=100; else more_sft=3230; fi
+more_sft=2620 more_rl=100  # iGSM: SFT and RL tokens of bridge / those of vanilla, 1.31 and 1.25
 for seed in 2 3 4 5 6; do
     row vanilla $seed "--method vanilla" ""
     row bridge $seed "" ""

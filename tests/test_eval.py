@@ -176,6 +176,17 @@ def test_report_pairs_seeds(tmp_path, script):
     assert "process-verified after RL, bridge - vanilla +19.0%" in printed
 
 
+def test_report_on_options_of_grpo(tmp_path, script):
+    """Bug: a run with another option of GRPO, which shares the SFT policy, left out or without its gain."""
+    row = dict(task="igsm", seed=1, split="id", ops="7-9", n=100, process=None)
+    evaluation.write_results(str(tmp_path / "results.csv"), [
+        row | dict(method="vanilla", stage="sft", correct=40), row | dict(method="vanilla", stage="rl", correct=50),
+        row | dict(method="vanilla:filter", stage="rl", correct=65)])
+    printed = script("eval.py", "--report", "results.csv").stdout
+    line, = [line for line in printed.split("\n") if "| vanilla:filter |" in line]
+    assert "| 40.0% [" in line and "| 65.0% [" in line and "| +25.0% [" in line
+
+
 def test_results_from_before_process_and_task(tmp_path, script):
     """Bugs: a file without these columns refused, its rows lost or given a process of 0 when it is written to
     again; tasks mixed in one row."""
@@ -253,6 +264,17 @@ def test_reliability_of_behaviors():
         "right": [1, 1], "names": [0, 1], "false": [0, 0], "none": [0, 1]}
     assert {name: f["ready"] for name, f in found.items()} == {
         "right": [1, 1], "names": [1, 1], "false": [0, 1], "none": [0, 0]}
+    assert evaluation.counts({"n": 1, "behaviors": evaluation.behaviors([data.check_trace(
+        problem, "<think>\n" + lines["false"] + "</think>")])}) == dict.fromkeys(evaluation.COUNTS, 0) | {
+            "false_reflections": 1, "order": 1}
+    restated = "Let's solve aac, given that The value of aac is {}, aac = 4\n"
+    total = "Let's solve aab, {}aab = aaa + aac = {}\n"
+    analysis = "given that aab gets its value by adding together the value of aaa and aac, "
+    texts = [given + restated.format(4) + total.format(analysis, 7), given + restated.format(5),
+             given + restated.format(4) + total.format(analysis, 8), given + restated.format(4) + total.format("", 8)]
+    found = evaluation.reliability([data.check_trace(problem, f"<think>\n{text}</think>") for text in texts])
+    assert found["analysed"] == [4, 5] and found["not_analysed"] == [4, 5]  # aac and aab; aaa and aab
+    assert found["arithmetic"] == [8, 10] and found["premises"] == [5, 6]
 
 
 def test_majority_answer():

@@ -123,6 +123,22 @@ def test_both_styles_in_equal_parts():
     assert not any(mark == "" and "<answer>" in text for text, mark in sft.draw_text(rng, 0.1, args)[1])
 
 
+def test_harder_problems_join_in(monkeypatch):
+    """Bugs: a run that goes on from a base (no skills first) reads easy problems again; a new one hard ones
+    at once, or never."""
+    drawn, draw = [], data.TASKS["igsm"].draw
+    monkeypatch.setattr(data.TASKS["igsm"], "draw", lambda rng, **options: drawn.append(options["ops"]) or
+                        draw(rng, **options))
+
+    def levels(skills, progress):
+        drawn.clear()
+        for _ in range(40):
+            sft.draw_text(Random(len(drawn)), progress, SimpleNamespace(task="igsm", skills=skills))
+        return set(drawn)
+    every = {level["ops"] for level in sft.CURRICULUM["igsm"]}
+    assert levels(0.3, 0.0) == {(1, 3), (3, 5)} and levels(0.3, 0.5) == levels(0.0, 0.0) == every
+
+
 def test_muon():
     """Bugs: no look ahead, no scale, decay of the wrong sign. PyTorch's own Muon, in bf16, is the
     specification."""
