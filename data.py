@@ -1185,10 +1185,15 @@ def check_options(options):
                          f"{most} quantities; raise it")
 
 
+def is_tiny(args):
+    """Whether no size was asked for: then problems are as of the task's tiny model."""
+    return (args.ops if args.task == "igsm" else args.depth) is None
+
+
 def problem_options(args):
     """Those flags, checked, as keyword arguments of `generate`. Without --ops (igsm) or --depth (promptbench)
     what is not given is as in the tiny model's problems."""
-    usual = TINY[args.task] if args.ops is None and args.depth is None else {}
+    usual = TINY[args.task] if is_tiny(args) else {}
     given = {name: getattr(args, name) for name in TASKS[args.task].options}
     options = usual | {name: value for name, value in given.items() if value is not None}
     check_options(options)

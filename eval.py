@@ -919,7 +919,7 @@ def read_splits(args):
         return {path: read_file(path) for path in args.data}
     if args.ood:
         harder = {"ops" if args.task == "igsm" else "redundancy": args.ood}
-    elif args.ops is None and args.depth is None:
+    elif data.is_tiny(args):
         harder = data.TINY_OOD[args.task]
     elif args.task == "igsm":
         harder = {"ops": [min(30, args.ops[1] + more) for more in (1, 3)]}  # data.py draws up to 30

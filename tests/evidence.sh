@@ -7,7 +7,7 @@
 # was killed goes on where it was saved: start the command again. Everything is equal but what a row names.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-task=$1 table=results/tiny/results.csv logs=results/tiny/logs
+task=${1:?name a task: igsm or promptbench} table=results/tiny/results.csv logs=results/tiny/logs
 mkdir -p runs
 
 row() {  # row METHOD SEED "SFT flags" "GRPO flags": the name that eval.py gives the method; behind ":" is GRPO's

@@ -264,6 +264,8 @@ def test_the_tiny_problems_as_flags(task):
     assert options("--max-value", "50") == tiny | {"max_value": 50}
     size = {"igsm": ("ops", ["3", "3"], [3, 3]), "promptbench": ("depth", ["2"], 2)}[task]
     assert options(f"--{size[0]}", *size[1]) == {"task": task, size[0]: size[2]}
+    other = {"igsm": ["--depth", "2"], "promptbench": ["--ops", "3", "3"]}[task]  # says nothing of this task
+    assert options(*other) == tiny
 
 
 def test_splits_are_disjoint():
