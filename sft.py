@@ -456,7 +456,7 @@ def train(policy, examples, args, run, log):
 # that no answer uses, then (2) a quarter skills and the rest plain and injected answers in equal parts: SFT
 # then chooses a style and not a competence.
 SHARES = {"skill": 0.25, "plain": 0.375, "injected": 0.375}  # of the texts after the first stage
-INJECTED_P = (0.1, 0.2, 0.3, 0.5)
+INJECTED_P = (0.2, 0.4, 0.6, 0.8)
 # What is one token, besides names, digits and letters: tags, wording of answers, PromptBench and skills.
 PHRASES = [
     *sample.TAGS, "\\boxed", "The number of", " more than", " times", " the sum of", " the difference of",
@@ -474,7 +474,7 @@ CURRICULUM = {"igsm": [dict(ops=(1, 3)), dict(ops=(3, 5), size=(3, 4)), dict(ops
                        dict(ops=(8, 10), size=(5, 6))],
               "promptbench": [dict(depth=2, redundancy=(0, 2)), dict(depth=3, redundancy=(0, 2)),
                               dict(depth=3, redundancy=(2, 4)), dict(depth=4, redundancy=(0, 2))]}
-COMMON = {"igsm": dict(max_value=100, tidy=True), "promptbench": dict(max_value=100, names=64)}
+COMMON = {"igsm": dict(max_value=100, tidy=True), "promptbench": dict(max_value=1000, names=64)}
 
 
 def tiny_tokenizer():
@@ -623,16 +623,18 @@ def letters_text(rng, problem):
 
 def sums_text(rng, problem):
     """Arithmetic, one operation at a time, in the range of the problems' values."""
+    limit = COMMON[problem.task]["max_value"]
+
     def operand():
         if rng.random() < 0.4:
             return rng.randint(0, 9)
-        return rng.randint(-30, 99) if rng.random() < 0.2 else rng.randint(0, 60)
+        return rng.randint(-limit // 3, limit - 1) if rng.random() < 0.2 else rng.randint(0, 60)
 
     pieces = []
     while len(pieces) < 24:
         formula = (operand(), rng.choice("+++---**"), operand())
         value = data.evaluate(formula)
-        if abs(value) < 130:
+        if abs(value) < 1.3 * limit:
             pieces += [(f"{data.show(formula)} = ", ""), (f"{value}.\n", "sums")]
     return "Sums.", pieces
 
