@@ -615,7 +615,7 @@ def verl_settings(args, longest):
 
 
 # --------------------------------------------------------------------------------------------- 7. The command
-PRESETS = {"tiny": dict(lr=2e-4, lr_decay=0.3, prompts=16, n=8, steps=80, max_new_tokens=400, beta=1e-3,
+PRESETS = {"tiny": dict(lr=2e-4, lr_decay=0.3, prompts=16, n=8, steps=120, max_new_tokens=400, beta=1e-3,
                         drop_flat=True),
            "paper": dict(lr=1e-6, lr_decay=0.0, prompts=32, n=32, steps=200, max_new_tokens=2560, beta=1e-3,
                          drop_flat=False)}

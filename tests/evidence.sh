@@ -21,7 +21,7 @@ row() {  # row METHOD SEED "SFT flags" "GRPO flags": the name that eval.py gives
     cp "$sft.csv" "$run.csv" $logs/
 }
 
-more_sft=2620 more_rl=100  # iGSM: SFT and RL tokens of bridge / those of vanilla, 1.31 and 1.25
+more_sft=2620 more_rl=144  # iGSM: SFT and RL tokens of bridge / those of vanilla, 1.31 and 1.20
 for seed in 2 3 4 5 6; do
     row vanilla $seed "--method vanilla" ""
     row bridge $seed "" ""
