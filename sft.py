@@ -641,7 +641,7 @@ def sums_text(rng, problem):
 
 SKILLS = {  # and how often each is read
     "copy": (copy_text, 1), "quote": (quote_text, 3), "missing": (missing_text, 15), "order": (order_text, 2),
-    "tree": (tree_text, 2), "letters": (letters_text, 3), "sums": (sums_text, 2)}
+    "tree": (tree_text, 2), "letters": (letters_text, 3), "sums": (sums_text, 15)}
 
 
 def skill_text(rng, skill, problem):
