@@ -614,9 +614,23 @@ def percent(values, seeds, sign=""):
     return f"{mean:{sign}.1%} [{low:{sign}.1%}, {high:{sign}.1%}]"
 
 
+def behavior_rows(rows):
+    """What RL did to the answers, a row for each task, split, method and seed, each cell before → after: of n
+    greedy answers the right ones, the right and sound ones, then COUNTS (behaviors up to an answer's first
+    fault, and first faults)."""
+    names = ("correct", "process", *COUNTS)
+    of = {tuple(row[name] for name in KEY): row for row in rows if row["order"] is not None}
+    yield ["task", "split", "method", "seed", "n", *(name.replace("_", " ") for name in names)]
+    for (task, method, seed, stage, *problems), after in sorted(of.items()):
+        before = of.get((task, method.partition(":")[0], seed, "sft", *problems))
+        if stage == "rl" and before:
+            changes = [f"{before[name]} → {after[name]}" for name in names]
+            yield [task, after["split"], method, f"{seed}", f"{after['n']}", *changes]
+
+
 def report(path):
-    """results.csv as a table of means over seeds, then bridge against vanilla. Only paired seeds count: those
-    with both stages in the table, those with both methods in the comparison."""
+    """results.csv as a table of means over seeds, then bridge against vanilla, then behavior_rows. Only
+    paired seeds count: those with both stages in the table, those with both methods in the comparison."""
     lines = ["| task | split | method | seeds | SFT | RL | gain | process-verified SFT | process-verified RL "
              "| majority |",
              "|---|---|---|---|---|---|---|---|---|---|"]
@@ -641,6 +655,10 @@ def report(path):
                                 f"gain of bridge - gain of vanilla {gain}; "
                                 f"accuracy after RL, bridge - vanilla {rl}, bridge / vanilla {ratio:.2f}; "
                                 f"process-verified after RL, bridge - vanilla {process}"]
+    heading, *changes = behavior_rows(read_results(path))
+    if changes:
+        rows = [heading, ["---"] * len(heading), *changes]
+        comparisons += ["", *(f"| {' | '.join(row)} |" for row in rows)]
     return "\n".join(lines + comparisons)
 
 

@@ -187,6 +187,25 @@ def test_report_on_options_of_grpo(tmp_path, script):
     assert "| 40.0% [" in line and "| 65.0% [" in line and "| +25.0% [" in line
 
 
+def test_report_on_behaviors(tmp_path, script):
+    """Bugs: before and after exchanged; a run beside the SFT of another split or seed; a row from before
+    behaviors were counted that stops the report."""
+    def row(number, **changes):
+        counts = {name: number + i for i, name in enumerate(evaluation.COUNTS)}
+        return dict(task="igsm", method="bridge", seed=1, split="id", stage="sft", ops="6-8", n=100,
+                    correct=number, process=number - 5) | counts | changes
+    old = row(90, seed=2) | dict.fromkeys(evaluation.COUNTS)
+    evaluation.write_results(str(tmp_path / "results.csv"), [
+        row(10), row(30, stage="rl"), row(50, split="ood", ops="8-10"), row(70, split="ood", ops="8-10", stage="rl"),
+        row(40, method="bridge:filter", stage="rl"), old, old | dict(stage="rl")])
+    printed = script("eval.py", "--report", "results.csv").stdout
+    lines = [line for line in printed.split("\n") if "→" in line]
+    assert [line.split(" | ")[1:8] for line in lines] == [
+        ["id", "bridge", "1", "100", "10 → 30", "5 → 25", "10 → 30"],
+        ["ood", "bridge", "1", "100", "50 → 70", "45 → 65", "50 → 70"],
+        ["id", "bridge:filter", "1", "100", "10 → 40", "5 → 35", "10 → 40"]]
+
+
 def test_results_from_before_process_and_task(tmp_path, script):
     """Bugs: a file without these columns refused, its rows lost or given a process of 0 when it is written to
     again; tasks mixed in one row."""
