@@ -634,8 +634,8 @@ def report(path):
     lines = ["| task | split | method | seeds | SFT | RL | gain | process-verified SFT | process-verified RL "
              "| majority |",
              "|---|---|---|---|---|---|---|---|---|---|"]
-    comparisons = []
-    for (task, split), cell in sorted(shares(read_results(path)).items()):
+    comparisons, rows = [], read_results(path)
+    for (task, split), cell in sorted(shares(rows).items()):
         guess = statistics.mean(cell["majority", ""].values() or [math.nan])
         for method in sorted({method for method, stage in cell if stage == "rl"}):
             for stage in ("sft", "sft-process"):  # RL's options have the same SFT policy
@@ -655,10 +655,9 @@ def report(path):
                                 f"gain of bridge - gain of vanilla {gain}; "
                                 f"accuracy after RL, bridge - vanilla {rl}, bridge / vanilla {ratio:.2f}; "
                                 f"process-verified after RL, bridge - vanilla {process}"]
-    heading, *changes = behavior_rows(read_results(path))
+    heading, *changes = behavior_rows(rows)
     if changes:
-        rows = [heading, ["---"] * len(heading), *changes]
-        comparisons += ["", *(f"| {' | '.join(row)} |" for row in rows)]
+        comparisons += ["", *(f"| {' | '.join(row)} |" for row in [heading, ["---"] * len(heading), *changes])]
     return "\n".join(lines + comparisons)
 
 

@@ -123,6 +123,16 @@ def test_both_styles_in_equal_parts():
     assert not any(mark == "" and "<answer>" in text for text, mark in sft.draw_text(rng, 0.1, args)[1])
 
 
+@pytest.mark.parametrize("task", list(data.TINY))
+def test_sums_reach_as_far_as_the_problems(task):
+    """Bug: a base whose sums end at 99 and whose problems go on to 999, or the reverse."""
+    limit, rng, largest = data.TINY[task]["max_value"], Random(3), 0
+    for problem in problems(task, 30):
+        text = "".join(words for words, _ in sft.sums_text(rng, problem)[1])
+        largest = max([largest, *map(int, re.findall(r"= (-?\d+)", text))])
+    assert 0.9 * limit < largest < 1.3 * limit
+
+
 def test_harder_problems_join_in(monkeypatch):
     """Bugs: a run that goes on from a base (no skills first) reads easy problems again; a new one hard ones
     at once, or never."""
