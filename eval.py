@@ -657,7 +657,8 @@ def report(path):
                                 f"process-verified after RL, bridge - vanilla {process}"]
     heading, *changes = behavior_rows(rows)
     if changes:
-        comparisons += ["", *(f"| {' | '.join(row)} |" for row in [heading, ["---"] * len(heading), *changes])]
+        changes = [heading, ["---"] * len(heading), *changes]
+        comparisons += ["", *(f"| {' | '.join(row)} |" for row in changes)]
     return "\n".join(lines + comparisons)
 
 
