@@ -473,7 +473,7 @@ EXAM_EVERY = 10  # pools of 256 texts between two rows of the log
 CURRICULUM = {"igsm": [dict(ops=(1, 3)), dict(ops=(3, 5), size=(3, 4)), dict(ops=(6, 8), size=(4, 5)),
                        dict(ops=(8, 10), size=(5, 6))],
               "promptbench": [dict(depth=2, redundancy=(0, 2)), dict(depth=3, redundancy=(0, 2)),
-                              dict(depth=3, redundancy=(2, 4)), dict(depth=4, redundancy=(0, 2))]}
+                              dict(depth=4, redundancy=(0, 2)), dict(depth=4, redundancy=(0, 2))]}
 COMMON = {"igsm": dict(max_value=100, tidy=True), "promptbench": dict(max_value=1000, names=64)}
 
 
