@@ -26,7 +26,8 @@ change (section 3), for several checkpoints of a run side by side.
 
 Half an hour to read. Sections 1, 2, 3 and 5 are the idea; figures (4), page (6) and command (7) can wait.
 """
-import base64, csv, html, importlib.util, io, itertools, json, math, os, re, statistics, string, sys
+import base64, csv, html, importlib.util, io, itertools, json, math, os, re, statistics, string
+import subprocess, sys
 from collections import Counter, defaultdict
 
 import torch
@@ -489,7 +490,7 @@ KEY = ("task", "method", "seed", "stage", "split", "ops")  # names a row; ops: o
 # behaviors in all n answers, up to the first fault of each, those that did their work; and first faults
 COUNTS = ("reflections", "analyses", "subgoals", "locked", "false_reflections", "order", "retrieval",
           "arithmetic", "format", "answer")
-COLUMNS = (*KEY, "n", "correct", "process", "p", *COUNTS)
+COLUMNS = (*KEY, "n", "correct", "process", "p", *COUNTS, "commit")
 SFT_N = 2000  # sft.py's --n if nobody says otherwise
 
 
@@ -550,22 +551,34 @@ def counts(score):
         kind: faults.get(kind, 0) for kind in COUNTS[5:]}
 
 
+def commit():
+    """The last commit that changed these scripts, "+" behind it where they differ from it; "" without git."""
+    def git(*command):
+        command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), *command, "--", "*.py"]
+        return subprocess.run(command, text=True, capture_output=True).stdout.strip()
+
+    try:
+        return git("log", "-1", "--format=%h") + "+" * bool(git("diff", "--name-only", "HEAD"))
+    except OSError:  # git is not installed
+        return ""
+
+
 def cells(policy, name, splits, scores):
     """The rows of results.csv for one checkpoint, each with the majority answer's beside it."""
-    method, seed, stage = origin(policy, name)
+    (method, seed, stage), code = origin(policy, name), commit()
     for split, problems in splits.items():
         score, n = scores[split], len(problems)
         sizes = [p.depth if p.task == "promptbench" else p.ops for p in problems]
         tasks = "+".join(sorted({p.task for p in problems}))
-        row = dict(task=tasks, seed=seed, split=split, ops=f"{min(sizes)}-{max(sizes)}", n=n)
+        row = dict(task=tasks, seed=seed, split=split, ops=f"{min(sizes)}-{max(sizes)}", n=n, commit=code)
         yield row | dict(method=method, stage=stage, correct=score["correct"], process=score["process"],
                          p=injection_p(policy), **counts(score))
         yield row | dict(method="majority", stage="", correct=round(score["majority"] * n), process=None)
 
 
 def read_results(path):
-    """The rows of results.csv. Older files have no task (then igsm), no process, p and counts (then None)."""
-    unknown = dict.fromkeys(("process", "p", *COUNTS), "")
+    """The rows of results.csv. Older files have no task (then igsm), commit, process, p and counts (None)."""
+    unknown = dict.fromkeys(("process", "p", *COUNTS, "commit"), "")
     try:
         with open(path, newline="") as file:
             rows = [{"task": "igsm"} | unknown | row for row in csv.DictReader(file)]

@@ -3,6 +3,7 @@ import csv
 import itertools
 import json
 import math
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -231,6 +232,27 @@ def test_results_from_before_process_and_task(tmp_path, script):
     assert "| not counted |" in line
 
 
+def test_commit_is_that_of_the_scripts(tmp_path, monkeypatch):
+    """Bugs: a row that names a commit which its code is not from; the table's own commits named; a
+    traceback outside of git."""
+    monkeypatch.setattr(evaluation, "__file__", str(tmp_path / "eval.py"))
+    assert evaluation.commit() == ""
+
+    def git(*command):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *command], cwd=tmp_path, check=True)
+
+    git("init", "-q")
+    (tmp_path / "eval.py").write_text("1")
+    git("add", "."), git("commit", "-qm", "code")
+    code = evaluation.commit()
+    (tmp_path / "results.csv").write_text("1")
+    assert len(code) >= 7 and evaluation.commit() == code
+    git("add", "."), git("commit", "-qm", "table")
+    assert evaluation.commit() == code
+    (tmp_path / "eval.py").write_text("2")
+    assert evaluation.commit() == code + "+"
+
+
 @pytest.mark.parametrize("info, made", [
     ({"stage": "sft", "method": "vanilla", "seed": 3, "data": None}, ("vanilla", 3, "sft")),
     ({"stage": "sft", "method": "bridge", "seed": 3, "data": "runs/rc-aug.jsonl"}, ("rc-aug", 3, "sft")),
@@ -321,7 +343,9 @@ def test_table_and_json(script, tmp_path, tiny_file):
     assert all(split["hits"].count(1) == split["correct"] for s in scores for split in s["splits"].values())
     assert written["mcnemar"] and all(c["p"] == 1 for c in written["mcnemar"])  # a policy against itself
     with open(tmp_path / "results.csv") as file:
-        assert len(file.readlines()) == 5  # the same checkpoint twice: two splits, and the majority in each
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 4  # the same checkpoint twice: two splits, and the majority in each
+    assert {row["commit"] for row in rows} == {evaluation.commit()}
     options = data.TINY["igsm"] | dict(split="test")
     problems = list(itertools.islice(data.generate(**options), 12))
     assert scores[0]["splits"]["id"]["majority"] == evaluation.majority(problems)
