@@ -1,5 +1,5 @@
 """Shared by the tests: the scripts' folder on the path, a small random policy, and a way to run a script as a user does."""
-import importlib, os, subprocess, sys
+import importlib, os, subprocess, sys, threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -7,6 +7,45 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+
+
+BESIDE = ("course", "test_logprob.py", "test_influence.py", "test_sample.py", "test_handover.py")  # about half of the time
+
+
+def pytest_configure(config):
+    """Where the whole suite is run on two cores or more, a second process takes the tests in BESIDE. Each has half of the
+    cores: threads that share one wait for each other."""
+    whole = config.args_source == pytest.Config.ArgsSource.INVOCATION_DIR and "BRIDGE_BESIDE" not in os.environ
+    config.beside = None
+    if whole and (os.cpu_count() or 1) > 1 and not config.option.collectonly:
+        os.environ["OMP_NUM_THREADS"] = str(os.cpu_count() // 2)
+        command = [sys.executable, "-m", "pytest", *config.invocation_params.args, *(ROOT / "tests" / name for name in BESIDE)]
+        config.beside = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                         env=os.environ | {"BRIDGE_BESIDE": "1"})
+        config.beside.text = []
+        config.beside.reader = threading.Thread(target=lambda: config.beside.text.append(config.beside.stdout.read()))
+        config.beside.reader.start()
+
+
+def pytest_ignore_collect(collection_path, config):
+    return True if config.beside and collection_path.name in BESIDE else None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session, exitstatus):
+    """The second process's verdict counts; where this one was interrupted, it ends too."""
+    if beside := session.config.beside:
+        if exitstatus == pytest.ExitCode.INTERRUPTED:
+            beside.terminate()
+        if beside.wait() not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        beside.reader.join()
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if config.beside:
+        terminalreporter.section(f"in the second process: {', '.join(BESIDE)}")
+        terminalreporter.write("".join(config.beside.text))
 
 
 @pytest.fixture(scope="session")
