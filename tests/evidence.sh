@@ -30,14 +30,12 @@ for seed in 2 3 4; do
     for behavior in subgoal analysis reflection; do
         row $behavior $seed "--behaviors $behavior" ""
     done
-done
-[ "$task" = igsm ] || exit 0
-for seed in 2 3 4; do
+    [ "$task" = igsm ] || continue
+    row vanilla-n$more_sft $seed "--method vanilla --n $more_sft" ""        # as many SFT tokens as bridge
+    row vanilla:$more_rl-steps $seed "--method vanilla" "--steps $more_rl"  # as many RL tokens as bridge
     row pp-aug $seed "--method pp-aug" ""
     row rc-aug $seed "--method rc-aug" ""
     row bridge-p0.1 $seed "--p 0.1" ""
     row vanilla:filter $seed "--method vanilla" "--filter 1 7"
     row bridge:filter $seed "" "--filter 1 7"
-    row vanilla-n$more_sft $seed "--method vanilla --n $more_sft" ""        # as many SFT tokens as bridge
-    row vanilla:$more_rl-steps $seed "--method vanilla" "--steps $more_rl"  # as many RL tokens as bridge
 done
