@@ -1136,8 +1136,8 @@ share = number(float, 0, 1, "a number from 0 to 1")
 
 # The tiny models' problems, and what is harder in their out-of-distribution (OOD) test.
 TINY = {"igsm": dict(ops=(6, 8), size=(4, 5), tidy=True, max_value=100),
-        "promptbench": dict(depth=3, redundancy=(0, 2), names=64, max_value=1000)}
-TINY_OOD = {"igsm": dict(ops=(8, 10), size=(5, 6)), "promptbench": dict(depth=4, redundancy=(0, 2))}
+        "promptbench": dict(depth=4, redundancy=(0, 2), names=64, max_value=1000)}
+TINY_OOD = {"igsm": dict(ops=(8, 10), size=(5, 6)), "promptbench": dict(redundancy=(3, 5))}
 RANGES = {"ops": (1, 30), "size": (2, 30), "depth": (1, 7), "redundancy": (0, 30), "names": (1, len(NAMES)),
           "max_answer": (1, math.inf), "max_value": (1, math.inf)}  # what may be asked for
 
