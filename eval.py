@@ -620,11 +620,11 @@ def minus(a, b):
 
 
 def percent(values, seeds, sign=""):
-    """Mean and t-interval of {seed: value} over `seeds`, as text; sign "+" writes a plus before a gain."""
+    """Mean of {seed: value} over `seeds`, with its t-interval if they are two or more; sign "+" for a gain."""
     if any(seed not in values for seed in seeds):  # rows from before process was counted
         return "not counted"
     mean, low, high = t_interval([values[seed] for seed in seeds])
-    return f"{mean:{sign}.1%} [{low:{sign}.1%}, {high:{sign}.1%}]"
+    return f"{mean:{sign}.1%}" + (f" [{low:{sign}.1%}, {high:{sign}.1%}]" if len(seeds) > 1 else "")
 
 
 def behavior_rows(rows):
