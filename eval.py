@@ -620,7 +620,7 @@ def minus(a, b):
 
 
 def percent(values, seeds, sign=""):
-    """Mean of {seed: value} over `seeds`, with its t-interval if they are two or more; sign "+" for a gain."""
+    """Mean of {seed: value} over `seeds`, and from two on their t-interval; sign "+" for a gain."""
     if any(seed not in values for seed in seeds):  # rows from before process was counted
         return "not counted"
     mean, low, high = t_interval([values[seed] for seed in seeds])
