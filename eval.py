@@ -486,7 +486,8 @@ def draw_intervals(axis, rows, names):
 
 # ----------------------------------------------------------- 5. Many seeds: results.csv, and the report on it
 KEY = ("task", "method", "seed", "stage", "split", "ops")  # names a row; ops: operations, promptbench: depth
-# process: empty where no steps were checked; p: of injection, empty where nothing was or nobody knows
+# process: empty where no steps were checked; p: of injection, empty where nothing was or nobody knows;
+# commit: of the scripts that evaluated
 # behaviors in all n answers, up to the first fault of each, those that did their work; and first faults
 COUNTS = ("reflections", "analyses", "subgoals", "locked", "false_reflections", "order", "retrieval",
           "arithmetic", "format", "answer")

@@ -470,6 +470,7 @@ PHRASES = [
 EXAM_EVERY = 10  # pools of 256 texts between two rows of the log
 # What the problems look like, from easy to hard; the harder ones join in during the first half of the tokens,
 # or are there from the start in a run without skills first: it goes on from a base that knows the easy ones.
+# All are drawn equally often; what stands here twice, twice as often.
 CURRICULUM = {"igsm": [dict(ops=(1, 3)), dict(ops=(3, 5), size=(3, 4)), dict(ops=(6, 8), size=(4, 5)),
                        dict(ops=(8, 10), size=(5, 6))],
               "promptbench": [dict(depth=2, redundancy=(0, 2)), dict(depth=3, redundancy=(0, 2)),

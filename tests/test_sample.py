@@ -322,7 +322,7 @@ def test_bf16_drift(family):
 def test_large_scores_are_not_rounded(monkeypatch):
     """Catches attention scores kept in bf16 before the softmax: Qwen2's key biases make them large (here about 45, where bf16
     steps by a quarter). Rounded scores are the wrong version that the same bound rejects: 256 rollouts put it at 1.09, the
-    sampler at 0.94 (AMD EPYC), and 128 tell the two apart on other CPUs too."""
+    sampler at 0.94; 128 tell the two apart on an AMD EPYC with AVX-512 and with AVX2 alone."""
     model = soft_model("qwen2", bias=40)
     drift, ours, theirs = bf16_errors(model, n=32)
     assert drift <= 0.02 and ours <= 1.02 * theirs
