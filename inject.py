@@ -40,13 +40,15 @@ BEHAVIORS = ("subgoal", "analysis", "reflection")
 OFFICIAL_ANALYSIS = (0, 0.1, 0.4, 0.8, 1)  # the released code's probability for in-degree 0, 1, 2, 3, 4
 
 
-def inject(problem, response, behaviors=BEHAVIORS, p=0.1, rng=None, official=False):
+def inject(problem, response, behaviors=BEHAVIORS, p=0.1, rng=None, official=False, near=0.0):
     """Algorithm 1: the response with behaviors injected. Order and letters of its steps stay as they are.
 
     problem: with its graph (`problem.nodes`); behaviors: any of BEHAVIORS; p: the probability of an analysis
     and of a reflection at each step, one number or {"analysis": ..., "reflection": ...} (a subgoal is
-    computed at every step); rng: a random.Random; official: as the released code does it (see the top).
-    Raises ValueError where the response is not a list of steps."""
+    computed at every step); rng: a random.Random; official: as the released code does it (see the top);
+    near: the share of reflections on a node that waits for this very step, so that what is missing is solved
+    next (none in the paper; half of them in what sft.py's base reads). Raises ValueError where the response
+    is not a list of steps."""
     rng = rng or Random(0)
     p = p if isinstance(p, dict) else {"analysis": p, "reflection": p}
     steps = data.read_steps(problem, response)
@@ -67,7 +69,7 @@ def inject(problem, response, behaviors=BEHAVIORS, p=0.1, rng=None, official=Fal
         if step.node in solved:  # the released code may have solved it early
             continue
         if "reflection" in behaviors and rng.random() < p["reflection"]:
-            if detour := take_detour(problem, step, solved, letters, rng, official):
+            if detour := take_detour(problem, step, solved, letters, rng, official, near):
                 write(detour)
         write(step)
     return data.write_response(problem, data.worded_like(steps, injected))
@@ -84,7 +86,7 @@ def reflect(problem, node, letter, solved, rng):
     return data.open_step(problem, node, letter, rng)._replace(missing=missing)
 
 
-def take_detour(problem, step, solved, letters, rng, official=False):
+def take_detour(problem, step, solved, letters, rng, official=False, near=0.0):
     """A reflection on a locked node, with a letter of its own if it has none; None where no node is locked.
 
     official: on any node that is not solved, 70% one that the answer needs and 30% one that it does not; if
@@ -94,6 +96,8 @@ def take_detour(problem, step, solved, letters, rng, official=False):
         nodes = [q for q in problem.nodes if q not in solved and q != step.node and (q in needed) == needs]
     else:
         nodes = locked_nodes(problem.nodes, solved)
+        if near and rng.random() < near:
+            nodes = [q for q in nodes if step.node in problem.nodes[q].parents] or nodes
     if not nodes:
         return None
     node = rng.choice(nodes)

@@ -457,6 +457,7 @@ def train(policy, examples, args, run, log):
 # then chooses a style and not a competence.
 SHARES = {"skill": 0.25, "plain": 0.375, "injected": 0.375}  # of the texts after the first stage
 INJECTED_P = (0.2, 0.4, 0.6, 0.8)
+NEAR = 0.5  # of the reflections: on a node whose missing parent is solved next, so that they lead somewhere
 # What is one token, besides names, digits and letters: tags, wording of answers, PromptBench and skills.
 PHRASES = [
     *sample.TAGS, "\\boxed", "The number of", " more than", " times", " the sum of", " the difference of",
@@ -668,7 +669,7 @@ def draw_text(rng, progress, args):
     while style == "injected" and response == problem.response:  # until something was injected
         # all behaviors together, or now and then one alone
         behaviors = inject.BEHAVIORS if rng.random() < 0.7 else [rng.choice(inject.BEHAVIORS)]
-        response = inject.inject(problem, problem.response, behaviors, rng.choice(INJECTED_P), rng)
+        response = inject.inject(problem, problem.response, behaviors, rng.choice(INJECTED_P), rng, near=NEAR)
     return problem.question, [(response.removeprefix("<think>"), "")]
 
 

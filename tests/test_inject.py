@@ -86,6 +86,24 @@ def test_rates_are_p(p, problems):
             assert abs(seen[kind] - p * n) <= 4 * (n * p * (1 - p)) ** .5
 
 
+def test_a_near_reflection_is_acted_on(problems):
+    """`near` that is not read, or that picks what the step needs and not what needs the step."""
+    for chosen in problems.values():
+        acted_on, reflections = Counter(), Counter()
+        for problem in chosen:
+            for near in (0, .5, 1):
+                text = inject.inject(problem, problem.response, ("reflection",), 1, random.Random(problem.id),
+                                     near=near)
+                steps = data.read_steps(problem, text)
+                for step, after in zip(steps, steps[1:]):
+                    if step.missing and any(after.node in n.parents for n in problem.nodes.values()):
+                        reflections[near] += 1
+                        acted_on[near] += after.node in step.missing
+        assert acted_on[1] == reflections[1] and acted_on[0] < .8 * reflections[0]
+        share = acted_on[0] / reflections[0]  # the other half is drawn like those without it
+        assert abs(acted_on[.5] / reflections[.5] - (1 + share) / 2) < 4 * (.25 / reflections[.5]) ** .5
+
+
 @pytest.mark.parametrize("behaviors", [
     (), ("analysis",), ("reflection",), ("subgoal",), ("subgoal", "analysis", "reflection")])
 def test_each_behavior_has_its_switch(behaviors, problems):
