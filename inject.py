@@ -19,7 +19,7 @@ therefore edits the answers that a model is fine-tuned on beforehand - same ques
 
 All three are defined on the problem's graph: an answer is a list of steps, each on one node, and a behavior
 edits that list. How a step is worded is data.py's business; nothing here knows it. Twenty minutes to read; at
-first skip what `official` switches on.
+first skip what `official` and `near` switch on.
 
 Two baselines edit the same data without adding behaviors: PP-Aug shuffles the premises of the question and
 RC-Aug walks the graph in another order; both make `--copies` examples of each, the original included.
@@ -90,13 +90,13 @@ def take_detour(problem, step, solved, letters, rng, official=False, near=0.0):
     """A reflection on a locked node, with a letter of its own if it has none; None where no node is locked.
 
     official: on any node that is not solved, 70% one that the answer needs and 30% one that it does not; if
-    all its parents are solved, the step solves it."""
+    all its parents are solved, the step solves it; near: see inject."""
     if official:
         needed, needs = data.needed_nodes(problem.nodes, problem.target), rng.random() < 0.7
         nodes = [q for q in problem.nodes if q not in solved and q != step.node and (q in needed) == needs]
     else:
         nodes = locked_nodes(problem.nodes, solved)
-        if near and rng.random() < near:
+        if near and rng.random() < near:  # without `near` no draw more: the paper's edits stay as they are
             nodes = [q for q in nodes if step.node in problem.nodes[q].parents] or nodes
     if not nodes:
         return None
