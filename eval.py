@@ -515,7 +515,8 @@ def method_name(policy, name=""):
         return method + number
     if set(behaviors) != set(inject.BEHAVIORS):
         method = "+".join(behavior for behavior in inject.BEHAVIORS if behavior in behaviors) or "vanilla"
-    used = set(behaviors) - {"subgoal"} and info["p"] != sft.preset(policy.model, sft.PRESETS)["p"]
+    preset = sft.preset(policy.model, sft.PRESETS, info.get("task"))
+    used = set(behaviors) - {"subgoal"} and info["p"] != preset["p"]
     return (f"{method}-p{info['p']:g}" if used else method) + number
 
 
@@ -536,8 +537,11 @@ def origin(policy, name):
         return method, info.get("seed", 0), "sft"
     if info.get("filter"):
         method += ":filter"
-    if "steps" in info and info["steps"] != sft.preset(policy.model, grpo.PRESETS)["steps"]:
+    usual = sft.preset(policy.model, grpo.PRESETS, info.get("task")) if "steps" in info else info
+    if info.get("steps") != usual.get("steps"):
         method += f":{info['steps']}-steps"
+    if info.get("beta") != usual.get("beta"):
+        method += f":beta-{info['beta']:g}"
     return method, info.get("seed", 0), "rl"
 
 

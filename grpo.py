@@ -28,8 +28,9 @@ Departures from the paper and notes on it:
    the first step). Its gradient is not 0: d ratio = d log pi. `--epochs 2` makes the clip act;
 2. k3 in the loss is, as in the paper, a biased estimate of the KL's gradient (low variance, small with beta);
 3. groups without variance carry no gradient but the KL's; the paper trains on them all the same. For the tiny
-   model (beta 1e-3) they are neither scored nor trained on: `--drop-flat`, as in DAPO;
-4. for the tiny model, batch and learning rate are its own, and the latter decays at the end (PRESETS below).
+   model they are neither scored nor trained on: `--drop-flat`, as in DAPO;
+4. for the tiny model, batch and learning rate are its own, and the latter decays at the end; on PromptBench
+   the KL coefficient is larger (PRESETS below).
 """
 import argparse, copy, itertools, math, time
 from dataclasses import dataclass, field
@@ -617,6 +618,7 @@ def verl_settings(args, longest):
 # --------------------------------------------------------------------------------------------- 7. The command
 PRESETS = {"tiny": dict(lr=2e-4, lr_decay=0.3, prompts=16, n=8, steps=120, max_new_tokens=400, beta=1e-3,
                         drop_flat=True),
+           "tiny, promptbench": dict(beta=0.005),  # with less, reflections turn false (results/tiny/regimes.md)
            "paper": dict(lr=1e-6, lr_decay=0.0, prompts=32, n=32, steps=200, max_new_tokens=2560, beta=1e-3,
                          drop_flat=False)}
 

@@ -341,18 +341,22 @@ def add_run_flags(parser, out):
 
 def describe_presets(presets):
     """For --help, what a flag is where it is not given: .lr says "default: 0.001 for a tiny model, ..."."""
-    return SimpleNamespace(**{flag: f"default: {tiny:g} for a tiny model, else {presets['paper'][flag]:g}"
-                              for flag, tiny in presets["tiny"].items()})
+    own = {flag: f" (promptbench: {value:g})" for flag, value in presets["tiny, promptbench"].items()}
+    return SimpleNamespace(**{
+        flag: f"default: {tiny:g}{own.get(flag, '')} for a tiny model, else {presets['paper'][flag]:g}"
+        for flag, tiny in presets["tiny"].items()})
 
 
-def preset(model, presets):
-    """The preset for a model of this size."""
-    return presets["tiny" if sum(p.numel() for p in model.parameters()) < 50e6 else "paper"]
+def preset(model, presets, task):
+    """The preset for a model of this size; a tiny model has some values of its own for PromptBench."""
+    if sum(p.numel() for p in model.parameters()) >= 50e6:
+        return presets["paper"]
+    return presets["tiny"] | presets.get(f"tiny, {task}", {})
 
 
 def fill_in(args, model, presets):
-    """Flags that were not given get the preset for a model of this size."""
-    for flag, value in preset(model, presets).items():
+    """Flags that were not given get the preset for a model of this size and the task."""
+    for flag, value in preset(model, presets, args.task).items():
         if getattr(args, flag) is None:
             setattr(args, flag, value)
 
@@ -891,6 +895,7 @@ def hand_over_sft(policy, problems, args):
 
 # --------------------------------------------------------------------------------------------- 9. The command
 PRESETS = {"tiny": dict(lr=5e-4, batch=32, epochs=1, p=0.3),  # ours, for a model a thousand times smaller
+           "tiny, promptbench": dict(p=0.1),
            "paper": dict(lr=5e-6, batch=128, epochs=5, p=0.1)}
 
 

@@ -22,11 +22,13 @@ row() {  # row METHOD SEED "SFT flags" "GRPO flags": the name that eval.py gives
 }
 
 more_sft=2620 more_rl=144  # iGSM: SFT and RL tokens of bridge / those of vanilla, 1.31 and 1.20
-for seed in 2 3 4 5 6; do
+first=2                    # seeds from here on have chosen nothing
+[ "$task" = igsm ] || first=7
+for seed in $(seq $first $((first + 4))); do
     row vanilla $seed "--method vanilla" ""
     row bridge $seed "" ""
 done
-for seed in 2 3 4; do
+for seed in $(seq $first $((first + 2))); do
     for behavior in subgoal analysis reflection; do
         row $behavior $seed "--behaviors $behavior" ""
     done

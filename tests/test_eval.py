@@ -399,6 +399,7 @@ def test_report_as_a_figure(tmp_path, script, monkeypatch):
 @pytest.mark.parametrize("made, method, p", [
     (dict(), "bridge", 0.3), (dict(p=0.1), "bridge-p0.1", 0.1), (dict(behaviors=["subgoal"]), "subgoal", 0.0),
     (dict(behaviors=["reflection"]), "reflection", 0.3), (dict(method="vanilla"), "vanilla", None),
+    (dict(task="promptbench"), "bridge-p0.3", 0.3), (dict(task="promptbench", p=0.1), "bridge", 0.1),
     (dict(data="runs/x-1.jsonl"), "x", None), (dict(method="vanilla", n=3000), "vanilla-n3000", None)])
 def test_rows_say_which_behaviors(tiny, made, method, p):
     """Bug: cells of different answers under one name, so that one overwrites the other."""
@@ -406,5 +407,7 @@ def test_rows_say_which_behaviors(tiny, made, method, p):
     policy = tiny()
     policy.info = dict(stage="grpo", seed=1, base=usual | made)
     assert (evaluation.origin(policy, "y.pt")[0], evaluation.injection_p(policy)) == (method, p)
-    policy.info |= dict(filter=[1, 7], steps=7)
+    policy.info |= dict(filter=[1, 7], steps=7, beta=1e-3)
     assert evaluation.origin(policy, "y.pt")[0] == f"{method}:filter:7-steps"
+    policy.info |= dict(task="promptbench", filter=None, steps=120)  # PromptBench's own coefficient is 0.005
+    assert evaluation.origin(policy, "y.pt")[0] == f"{method}:beta-0.001"

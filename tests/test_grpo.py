@@ -269,17 +269,30 @@ def test_dropped_rollouts_leave_the_fraction_above_and_below_the_line(tiny, batc
     assert none is None and row["loss"] == row["grad_norm"] == row["entropy"] == 0
 
 
+def filled(model, *words):
+    """grpo.py's flags as it would have them for this model."""
+    parser = data.Parser("")
+    grpo.add_flags(parser)
+    args = parser.parse_args(words)
+    sft.fill_in(args, model, grpo.PRESETS)
+    return args
+
+
+LARGE = SimpleNamespace(parameters=lambda: [torch.empty(60_000_000, device="meta")])
+
+
 def test_a_tiny_model_drops_flat_groups_and_the_papers_does_not(tiny):
     """Bugs: a preset that overrides what was asked for; flat groups scored by default for the tiny model."""
-    def filled(model, *words):
-        parser = data.Parser("")
-        grpo.add_flags(parser)
-        args = parser.parse_args(words)
-        sft.fill_in(args, model, grpo.PRESETS)
-        return args.drop_flat
-    large = SimpleNamespace(parameters=lambda: [torch.empty(60_000_000, device="meta")])
-    assert [filled(m, *w) for m in (tiny().model, large) for w in ((), ("--drop-flat",), ("--no-drop-flat",))] == [
-        True, True, False, False, True, False]
+    assert [filled(model, *words).drop_flat for model in (tiny().model, LARGE)
+            for words in ((), ("--drop-flat",), ("--no-drop-flat",))] == [True, True, False, False, True, False]
+
+
+def test_a_tiny_model_has_another_kl_coefficient_for_promptbench(tiny):
+    """Bugs: PromptBench's coefficient on iGSM or for the paper's models; one that was asked for overridden."""
+    promptbench = ("--task", "promptbench")
+    assert [filled(model, *words).beta for model in (tiny().model, LARGE)
+            for words in ((), promptbench, (*promptbench, "--beta", "0.5"))] == [1e-3, 5e-3, 0.5, 1e-3, 1e-3, 0.5]
+    assert "0.001 (promptbench: 0.005) for a tiny model, else 0.001" in sft.describe_presets(grpo.PRESETS).beta
 
 
 def step_gradient_or_none(policy, batch, **options):
