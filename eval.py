@@ -530,18 +530,19 @@ def injection_p(policy):
 
 def origin(policy, name):
     """(method, seed, stage) of a checkpoint, from the arguments kept in it. The method is that of the SFT
-    answers and, behind colons, what GRPO did otherwise than its preset: "bridge:filter", "vanilla:400-steps".
-    """
+    answers and, behind colons, what GRPO did otherwise than its preset: "bridge:filter", "vanilla:400-steps",
+    "bridge:beta-0.01"."""
     info, method = policy.info or {}, method_name(policy, name)
     if info.get("stage") != "grpo":
         return method, info.get("seed", 0), "sft"
     if info.get("filter"):
         method += ":filter"
-    usual = sft.preset(policy.model, grpo.PRESETS, info.get("task")) if "steps" in info else info
-    if info.get("steps") != usual.get("steps"):
-        method += f":{info['steps']}-steps"
-    if info.get("beta") != usual.get("beta"):
-        method += f":beta-{info['beta']:g}"
+    if "steps" in info:
+        usual = sft.preset(policy.model, grpo.PRESETS, info.get("task"))
+        if info["steps"] != usual["steps"]:
+            method += f":{info['steps']}-steps"
+        if info["beta"] != usual["beta"]:
+            method += f":beta-{info['beta']:g}"
     return method, info.get("seed", 0), "rl"
 
 
