@@ -618,7 +618,7 @@ def verl_settings(args, longest):
 # --------------------------------------------------------------------------------------------- 7. The command
 PRESETS = {"tiny": dict(lr=2e-4, lr_decay=0.3, prompts=16, n=8, steps=120, max_new_tokens=400, beta=1e-3,
                         drop_flat=True),
-           "tiny, promptbench": dict(beta=0.005),  # with less, reflections turn false (regimes.md, 10)
+           "tiny, promptbench": dict(beta=0.005),  # with less, reflections may turn false (regimes.md, 10)
            "paper": dict(lr=1e-6, lr_decay=0.0, prompts=32, n=32, steps=200, max_new_tokens=2560, beta=1e-3,
                          drop_flat=False)}
 
