@@ -460,6 +460,30 @@ def draw_curves(axis, paths):
     axis.set_ylim(0, 1)
 
 
+def curve_rows(paths, steps=20):
+    """The same in figures, rows of text: each run's reward, the mean of its first and of its last `steps`
+    steps, and the gain, over its seeds; where there are two runs, their difference, paired by seed."""
+    first, last = defaultdict(dict), defaultdict(dict)  # {run: {seed: reward}}
+    for path in paths:
+        run, (rewards, _, _) = run_of(path), read_curve(path)
+        if not rewards:
+            raise data.InputError(f"{path}: a log without a step; name one of a run that has begun")
+        seed = os.path.basename(path).removeprefix(run)
+        first[run][seed] = statistics.mean(rewards[:steps])
+        last[run][seed] = statistics.mean(rewards[-steps:])
+    yield ["run", "seeds", f"first {steps} steps", f"last {steps} steps", "gain"]
+    for run in first:
+        gain = minus(last[run], first[run])
+        yield [run, f"{len(gain)}", percent(first[run], gain), percent(last[run], gain),
+               percent(gain, gain, "+")]
+    if len(first) == 2:
+        a, b = first
+        change = [minus(stage[b], stage[a]) for stage in (first, last)]
+        change.append(minus(change[1], change[0]))
+        if change[2]:
+            yield [f"{b} - {a}", f"{len(change[2])}", *(percent(values, values, "+") for values in change)]
+
+
 def plot_curves(paths, path):
     """The training logs as one figure."""
     figure, axes = new_figure(6, 3.4)
@@ -911,7 +935,8 @@ def read_arguments():
     add("--plot", metavar="FILE.png",
         help="draw the histogram of --samples, and --influence; or --curves; or --report (needs matplotlib)")
     add("--curves", nargs="+", metavar="FILE.csv",
-        help="draw these training logs into --plot and stop; NAME-1.csv, NAME-2.csv ... are seeds of one run")
+        help="print the rewards of these training logs, draw them into --plot and stop; NAME-1.csv, "
+             "NAME-2.csv ... are seeds of one run")
     add("--results", metavar="FILE.csv", help="put one row a checkpoint and split into this file")
     add("--report", metavar="FILE.csv", help="print such a file as a table over seeds and stop")
     args = parser.parse_args()
@@ -922,8 +947,6 @@ def read_arguments():
         raise data.InputError("--samples 1: influence needs right and wrong rollouts; give --samples 8")
     if args.plot and not args.samples and not args.curves and not args.report:
         raise data.InputError("--plot draws rollouts: give --samples 8 as well")
-    if args.curves and not args.plot:
-        raise data.InputError("--curves needs --plot FILE.png to draw into")
     if args.plot and not args.plot.endswith((".png", ".pdf", ".svg")):
         raise data.InputError(f"--plot {args.plot}: must end in .png, .pdf or .svg")
     read = [*(args.ckpt or ()), *(args.data or ()), *(args.curves or ()), args.report]
@@ -1054,7 +1077,8 @@ def measure_all(args, splits):
 def main():
     args = read_arguments()
     if args.curves:
-        return plot_curves(args.curves, args.plot)
+        print(in_columns(list(curve_rows(args.curves))))
+        return plot_curves(args.curves, args.plot) if args.plot else None
     if args.report:
         print(report(args.report))
         return plot_report(args.report, args.plot) if args.plot else None

@@ -3,6 +3,7 @@ import csv
 import itertools
 import json
 import math
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -279,6 +280,26 @@ def test_curves_of_seeds_share_a_band(tmp_path, script):
     assert (tmp_path / "x.png").stat().st_size > 5000
     result = script("eval.py", "--curves", "vanilla-1.csv", "--plot", "y.pdf")
     assert result.returncode == 0 and (tmp_path / "y.pdf").read_bytes().startswith(b"%PDF"), result.stderr
+
+
+def test_rewards_of_two_runs_are_paired_by_seed(tmp_path, script):
+    """Bugs: seeds paired in the order of the files; the difference of the gains without its interval, or with
+    the one of unpaired seeds; the last steps of the longest log taken for all."""
+    rewards = {"vanilla-1": [.2] * 20 + [.3] * 20, "vanilla-2": [.4] * 20 + [.6] * 30,
+               "bridge-2": [.4] * 20 + [.9] * 20, "bridge-1": [.2] * 20 + [.5] * 20}
+    for name, values in rewards.items():
+        rows = [f"{i},{value},\n" for i, value in enumerate(values, start=1)]
+        (tmp_path / f"{name}.csv").write_text("step,reward,val_accuracy\n" + "".join(rows))
+    result = script("eval.py", "--curves", *(f"{name}.csv" for name in rewards))
+    assert result.returncode == 0, result.stderr
+    cells = [re.split(r"\s{2,}", line) for line in result.stdout.splitlines()]
+    assert [row[0] for row in cells] == ["run", "vanilla", "bridge", "bridge - vanilla"]
+    assert [row[4].split(" ")[0] for row in cells[1:]] == ["+15.0%", "+40.0%", "+25.0%"]
+    # seed by seed: +0.2 and +0.3, so 0.25 +- 12.706 x 0.05; unpaired it would be 12.706 x 0.15 or 0.25
+    assert cells[3][4] == "+25.0% [-38.5%, +88.5%]"
+    (tmp_path / "empty.csv").write_text("step,reward,val_accuracy\n")
+    result = script("eval.py", "--curves", "empty.csv")
+    assert result.returncode == 2 and "empty.csv: a log without a step" in result.stderr
 
 
 def test_without_matplotlib(tmp_path, script, monkeypatch):
