@@ -26,8 +26,8 @@ each Tall Barn's Pine Crate = 3 * 2 = 6
 *locked* as long as one of its parents is unsolved: at first, all but the two that are given.
 
 The file follows a problem's life: graph, words, answer, reading the text back, checking an answer step by
-step, many problems, files. It takes an hour to read; at first skip section 5 (PromptBench, a second task that
-differs in its words alone), 9 to 11 (flags and files) and 12 (names). Source: Ye et al. 2024 ("Physics of
+step, many problems, files. It takes an hour to read; at first skip section 5 (PromptBench, a second task:
+trees, in other words), 10 and 11 (flags and files) and 12 (names). Source: Ye et al. 2024 ("Physics of
 Language Models 2.1"), as modified by BRIDGE (arXiv 2505.18917): no modulo, large answers dropped, redundant
 premises; PromptBench arithmetic is Zhu et al. 2024 ("DyVal").
 
@@ -74,6 +74,7 @@ class Node(NamedTuple):
 
     @property
     def operations(self):
+        """The paper's measure of size: a given value or a copy, which computes nothing, counts as one."""
         return max(1, self.degree - 1)
 
 
@@ -1107,6 +1108,20 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise InputError(message.removeprefix("argument "))
 
+    def refuse(self, args, flags, why):
+        """Raise where one of `flags` was given that another flag makes meaningless."""
+        for flag in flags:
+            if getattr(args, flag) != self.get_default(flag):
+                advice = "leave one of the two out" if why.startswith("with ") else "leave it out"
+                raise InputError(f"--{flag.replace('_', '-')} has no effect {why}: {advice}")
+
+    def format_help(self):
+        for action in self._actions:  # what is not said otherwise
+            words = action.help or ""
+            if action.default not in (None, False, argparse.SUPPRESS) and "default" not in words:
+                action.help = f"{words} (default: %(default)s)".strip()
+        return super().format_help()
+
     def parse_args(self, *arguments):
         args = super().parse_args(*arguments)
         for name, value in vars(args).items():
@@ -1128,8 +1143,8 @@ def number(kind, low, high, words):
     return parse
 
 
-positive_int = number(int, 1, math.inf, "a whole number of at least 1")
-natural = number(int, 0, math.inf, "a whole number of at least 0")
+positive_int = number(int, 1, 2**31 - 1, "a whole number of at least 1 (and below 2^31)")
+natural = number(int, 0, 2**31 - 1, "a whole number of at least 0 (and below 2^31)")
 positive = number(float, 5e-324, math.inf, "a number above 0")
 not_negative = number(float, 0, math.inf, "a number of at least 0")
 share = number(float, 0, 1, "a number from 0 to 1")
@@ -1148,16 +1163,17 @@ def add_problem_flags(parser):
     add, pair = parser.add_argument, dict(type=int, nargs=2, metavar=("LO", "HI"))
     add("--task", default="igsm", choices=list(TASKS), help="which kind of problem; without --ops or --depth "
         f"the tiny model's: {', '.join(f'{task} {as_flags(options)}' for task, options in TINY.items())}")
-    add("--ops", **pair, help="igsm: operations a problem")
+    add("--ops", **pair, help="igsm: operations a problem; a given value and a copy count as one")
     add("--size", **pair, help="igsm: premises a problem; default: follows the operations")
     add("--tidy", action="store_true", default=None,
         help="igsm: letters in order of appearance and one wording (a small model's answers)")
     add("--depth", type=int, help="promptbench: levels of the tree")
-    add("--redundancy", **pair, help="promptbench: trees that serve nothing; default: 0 8")
-    add("--names", type=int, help=f"promptbench: how many names there are; default: {len(NAMES)}")
+    add("--redundancy", **pair, help="promptbench: trees that the answer does not need, distractors; default "
+        "with --depth: 0 8")
+    add("--names", type=int, help=f"promptbench: how many names; default with --depth: {len(NAMES)}")
     add("--max-answer", type=int, help="drop problems with |answer| >= this; default: 1000")
     add("--max-value", type=int,
-        help="drop problems where a value on the way is >= this (a small model's arithmetic)")
+        help="drop problems with a |value| >= this, on the way or at its end (a small model's arithmetic)")
 
 
 def as_flags(options):
@@ -1193,6 +1209,11 @@ def is_tiny(args):
 def problem_options(args):
     """Those flags, checked, as keyword arguments of `generate`. Without --ops (igsm) or --depth (promptbench)
     what is not given is as in the tiny model's problems."""
+    for task, other in TASKS.items():
+        for name in other.options:
+            if name not in TASKS[args.task].options and getattr(args, name) is not None:
+                raise InputError(f"--{name} has no effect with --task {args.task}: leave it out, or pass "
+                                 f"--task {task}")
     usual = TINY[args.task] if is_tiny(args) else {}
     given = {name: getattr(args, name) for name in TASKS[args.task].options}
     options = usual | {name: value for name, value in given.items() if value is not None}
@@ -1328,9 +1349,14 @@ def from_record(record, graph=False):
     if not all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in layers):
         raise ValueError("the field 'categories' must hold lists of names")
     if graph:
-        read = read_question(problem.question, problem.categories)
-        if (read.task, read.answer) != (task, problem.answer):
-            raise ValueError(f"the question's answer is {read.answer} ({read.task}), not {problem.answer}")
+        try:
+            read = read_question(problem.question, problem.categories)
+        except ValueError as error:
+            raise ValueError(f"its question, {error}") from None
+        if read.task != task:
+            raise ValueError(f"the question is one of {read.task}, the field 'task' says {task}")
+        if read.answer != problem.answer:
+            raise ValueError(f"the question's answer is {read.answer}, not {problem.answer}")
         problem.target, problem.nodes, problem.categories = read.target, read.nodes, read.categories
     return problem
 
@@ -1438,13 +1464,13 @@ def main():
     add_problem_flags(parser)
     add = parser.add_argument
     add("--n", type=positive_int, default=1, help="how many problems")
-    add("--seed", type=number(int, 0, 2**31 - 1, "a whole number from 0 to 2^31 - 1"), default=0,
-        help="same seed, same problems")
+    add("--seed", type=natural, default=0, help="same seed, same problems")
     add("--split", choices=list(SPLITS), default="train", help="which share of all problems to draw from")
-    add("--workers", type=positive_int, default=1, help="processes; the output does not depend on it")
+    add("--workers", type=number(int, 1, 256, "a whole number from 1 to 256"), default=1,
+        help="processes; the output does not depend on it")
     add("--out", help="JSONL file to write; without it problems are printed")
     args = parser.parse_args()
-    claim([("--out", args.out, (b"{",))])
+    claim([("--out", args.out, (b'{"id":',))])
     summary = Summary()
     stream = generate(seed=args.seed, split=args.split, workers=args.workers, rejected=summary.rejected,
                       **problem_options(args))

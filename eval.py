@@ -137,6 +137,7 @@ def reliability(reports):
         return sum(getattr(r, name) for r in reports)
 
     wrong = [r for r in reports if r.error]
+    # every locked start counts in `locked`, the faulty last one too: equal, the fault was on a ready one
     false = sum(r.error.behavior == "reflection" and r.locked == r.reflections for r in wrong)
     other_premise = sum(r.error.behavior == "analysis" for r in wrong)
     miscounted = sum(r.error.kind == "arithmetic" for r in wrong)
@@ -416,7 +417,7 @@ def read_curve(path):
         held_out = [row for row in rows if row["val_accuracy"]]
         return ([float(row["reward"]) for row in rows], [int(row["step"]) for row in held_out],
                 [float(row["val_accuracy"]) for row in held_out])
-    except (OSError, KeyError, ValueError):
+    except (OSError, KeyError, ValueError, TypeError, csv.Error):
         raise data.InputError(f"{path}: not a CSV file that grpo.py wrote") from None
 
 
@@ -520,11 +521,11 @@ SFT_N = 2000  # sft.py's --n if nobody says otherwise
 
 
 def sft_info(policy):
-    """The arguments of the SFT run that a checkpoint goes back to."""
+    """The arguments of the SFT run that a checkpoint goes back to; empty for a pretrained base."""
     info = policy.info or {}
     while info.get("stage") == "grpo":
         info = info.get("base") or {}
-    return info
+    return {} if info.get("model") == "scratch" else info
 
 
 def method_name(policy, name=""):
@@ -616,8 +617,10 @@ def read_results(path):
             row |= {name: int(row[name]) for name in ("seed", "n", "correct")}
             row |= {name: int(row[name]) if row[name] else None for name in ("process", *COUNTS)}
             row["p"] = float(row["p"]) if row["p"] else None
+            if row["n"] < 1:
+                raise ValueError
         return [{name: row[name] for name in COLUMNS} for row in rows]
-    except (OSError, KeyError, ValueError, TypeError):
+    except (OSError, KeyError, ValueError, TypeError, csv.Error):
         columns = ", ".join(COLUMNS)
         raise data.InputError(f"{path}: not a file that --results wrote (columns {columns})") from None
 
@@ -693,7 +696,8 @@ def report(path):
         if seeds:
             gain, rl, process = (percent(minus(cell["bridge", stage], cell["vanilla", stage]), seeds, "+")
                                  for stage in ("gain", "rl", "rl-process"))
-            ratio = sum(cell["bridge", "rl"][s] for s in seeds) / sum(cell["vanilla", "rl"][s] for s in seeds)
+            right, plain = (sum(cell[m, "rl"][seed] for seed in seeds) for m in ("bridge", "vanilla"))
+            ratio = right / plain if plain else math.nan
             comparisons += ["", f"{task} {split}, paired over {len(seeds)} seeds: "
                                 f"gain of bridge - gain of vanilla {gain}; "
                                 f"accuracy after RL, bridge - vanilla {rl}, bridge / vanilla {ratio:.2f}; "
@@ -718,6 +722,8 @@ def plot_report(path, out):
     paper): means over seeds with t-intervals, answers beside process-verified ones; a column for each split.
     """
     rows, names = read_results(path), ("answer right", "process-verified")
+    if all(row["stage"] != "rl" for row in rows):
+        raise data.InputError(f"{path}: no row of a policy after RL, so there is nothing to draw")
     chances = {row["method"]: row["p"] for row in rows if row["p"] is not None}
     found = sorted(shares(rows).items())
     figure, axes = new_figure(4.5, 3.2, len(found), 2, sharey=False)
@@ -910,9 +916,7 @@ def write_page(path, results, comparisons, splits):
 
 
 # ------------------------------------------------------------------------------------------------- 7. Command
-def read_arguments():
-    """The command line, with what can be checked before hours of measuring."""
-    parser = data.Parser(__doc__)
+def add_flags(parser):
     add = parser.add_argument
     add("--ckpt", nargs="+", help="checkpoints, one row each; default: sft.pt, else the tiny base")
     add("--data", nargs="+", help="JSONL files; default: fresh ones, in (id) and out of (ood) distribution")
@@ -937,15 +941,33 @@ def read_arguments():
     add("--curves", nargs="+", metavar="FILE.csv",
         help="print the rewards of these training logs, draw them into --plot and stop; NAME-1.csv, "
              "NAME-2.csv ... are seeds of one run")
-    add("--results", metavar="FILE.csv", help="put one row a checkpoint and split into this file")
+    add("--results", metavar="FILE.csv",
+        help="put one row a checkpoint and split into this file, and one of the majority answer")
     add("--report", metavar="FILE.csv", help="print such a file as a table over seeds and stop")
+
+
+# what has no effect on a table or a log that is there already
+MEASURING = ("ckpt", "data", *sft.DRAWING, "ood", "n", "max_new_tokens", "samples", "seed", "influence",
+             "entropy", "micro_tokens", "html", "json", "results")
+
+
+def read_arguments():
+    """The command line, with what can be checked before hours of measuring."""
+    parser = data.Parser(__doc__)
+    add_flags(parser)
     args = parser.parse_args()
+    mode = "curves" if args.curves else "report" if args.report else None
+    if mode:
+        others = *MEASURING, "report" if args.curves else "curves"
+        parser.refuse(args, others, f"with --{mode}, which measures nothing")
+    if args.data:
+        parser.refuse(args, (*sft.DRAWING, "ood", "n"), "with --data, which brings its problems")
     args.influence, args.entropy = args.influence or bool(args.html), args.entropy or bool(args.html)
     if (args.influence or args.entropy) and not args.samples:
         args.samples = 8
     if args.influence and args.samples == 1:
         raise data.InputError("--samples 1: influence needs right and wrong rollouts; give --samples 8")
-    if args.plot and not args.samples and not args.curves and not args.report:
+    if args.plot and not args.samples and not mode:
         raise data.InputError("--plot draws rollouts: give --samples 8 as well")
     if args.plot and not args.plot.endswith((".png", ".pdf", ".svg")):
         raise data.InputError(f"--plot {args.plot}: must end in .png, .pdf or .svg")
@@ -974,9 +996,11 @@ def read_file(path):
 
 def read_splits(args):
     """{split: problems}: the files of --data, or fresh held-out problems, in and out of distribution."""
-    options = data.problem_options(args)
     if args.data:
-        return {path: read_file(path) for path in args.data}
+        splits = {path: read_file(path) for path in args.data}
+        args.task = splits[args.data[0]][0].task  # of the default checkpoint
+        return splits
+    options = data.problem_options(args)
     if args.ood:
         harder = {"ops" if args.task == "igsm" else "redundancy": args.ood}
     elif data.is_tiny(args):

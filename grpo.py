@@ -1,8 +1,8 @@
 """Chapter 5. Reinforcement learning with GRPO: try N times, and lean towards what worked.
 
-    python grpo.py --ckpt sft.pt                            # the embedded default
-    python grpo.py --ckpt sft.pt --ops 15 20 --prompts 32 --n 32 --max-new-tokens 2560 --lr 1e-6 --steps 200
+    python grpo.py --ckpt sft.pt                            # sft.py's tiny policy, with its own settings
     python grpo.py --ckpt sft.pt --resume                   # go on after a kill or Ctrl-C
+    python grpo.py --ckpt qwen-sft.pt --ops 15 20           # a large policy, with the paper's
     python grpo.py --ckpt sft.pt --norm token --clip-high 0.28 --drop-flat --beta 0    # DAPO's loss
 
 Nobody shows the policy an answer any more: it makes its own. A *rollout* is an answer sampled from the
@@ -354,8 +354,8 @@ def update(policy, optimizer, batches, args):
 
 @torch.no_grad()
 def measure(batches, args):
-    """What the log wants to know: means over the response tokens, those that --max-kl dropped included, those
-    of groups that --drop-flat left out not."""
+    """What the log wants to know: means over the response tokens, with the rollouts that --max-kl dropped and
+    without the groups that --drop-flat left out."""
     row = dict.fromkeys(("kl", "clip_frac", "entropy", "drift_mean", "drift_max"), 0.0)
     row["dropped"] = sum((~batch.kept).sum().item() for batch in batches)
     tokens = sum(batch.mask.sum().item() for batch in batches)
@@ -637,10 +637,10 @@ def add_flags(parser):
     add = parser.add_argument_group("rollouts").add_argument
     add("--steps", type=data.positive_int, help=preset.steps)
     add("--prompts", type=data.positive_int, help=f"problems a step; {preset.prompts}")
-    add("--n", type=data.number(int, 2, math.inf, "at least 2: a group of one has no advantage"),
+    add("--n", type=data.number(int, 2, 2**31 - 1, "at least 2: a group of one has no advantage"),
         help=f"rollouts a problem; {preset.n}")
     add("--max-new-tokens", type=data.positive_int, help=preset.max_new_tokens)
-    add("--temperature", type=data.positive, default=1.0)
+    add("--temperature", type=data.number(float, 1e-3, math.inf, "a number of at least 0.001"), default=1.0)
     add("--format-reward", type=data.not_negative, default=0.0,
         help="added where the answer can be read, right or wrong (released code, Llama: 0.05)")
     add = parser.add_argument_group("loss").add_argument
@@ -679,12 +679,12 @@ def check(args, parser, checkpoint):
     sft.check_files(args, parser, checkpoint)
     if args.hand_over:
         only_here = ["kl", "max_kl", "format_reward", "filter"] + ["drop_flat"] * bool(args.drop_flat)
-        sft.refuse(args, parser, only_here, "with --hand-over, since TRL and verl do not both have it")
+        parser.refuse(args, only_here, "with --hand-over, since TRL and verl do not both have it")
     if args.filter and not 0 <= args.filter[0] <= args.filter[1] <= FILTER_N:
         raise data.InputError(f"--filter {args.filter[0]} {args.filter[1]}: right rollouts of {FILTER_N}, "
                               "the lower number first")
     if args.beta == 0:
-        sft.refuse(args, parser, ("kl", "max_kl"), "with --beta 0, which keeps no reference policy")
+        parser.refuse(args, ("kl", "max_kl"), "with --beta 0, which keeps no reference policy")
     if args.eval_every and not args.eval_n:
         raise data.InputError("--eval-n 0: pass --eval-every 0 to measure nothing")
 
@@ -721,7 +721,7 @@ def main():
     parser = data.Parser(__doc__)
     add_flags(parser)
     args = parser.parse_args()
-    options = data.problem_options(args)
+    options = sft.problem_options(args, parser)
     checkpoint = sample.default_checkpoint(args.ckpt, args.task)
     check(args, parser, checkpoint)
     run = None if args.hand_over else sft.Run(args.out, args.resume)

@@ -29,7 +29,7 @@ appendix, locked is meant. A reflection may fall on any locked node of the graph
 The released code departs from the paper twice, and --official follows it: (1) a reflection draws any later
 node, needed (70%) or redundant (30%), and solves it early if it happens to be unlocked; (2) the probability
 of an analysis depends on the in-degree alone (.1, .4, .8, 1 for 1 to 4; 0 for a given value), and a
-reflection can carry one. A constant written in the premise counts: so we find it in its records.
+reflection can carry one. A constant in the premise counts as one in-degree: so we find it in its records.
 """
 from random import Random
 
@@ -173,16 +173,18 @@ def mark(before, after):
 
 def make_records(problems, path, method, options, counts):
     """The JSON records of all examples, each checked; `counts` adds up what they hold."""
+    def checked(problem, response):
+        report = data.check_trace(problem, response)
+        if not report.ok:
+            line, kind, reason, _ = report.error
+            raise data.InputError(f"{path}, problem {problem.id}: its answer does not hold, line {line}: "
+                                  f"{reason} ({kind})")
+        return report
+
     for problem in problems:
-        try:
-            examples = augment(problem, method, **options)
-        except ValueError as error:
-            raise data.InputError(f"{path}, problem {problem.id}: {error}") from None
-        for question, response in examples:
-            report = data.check_trace(problem, response)
-            if not report.ok:
-                raise data.InputError(f"{path}, problem {problem.id}: its answer does not hold: "
-                                      f"{report.error}")
+        checked(problem, problem.response)
+        for question, response in augment(problem, method, **options):
+            report = checked(problem, response)
             example = {"id": counts["examples"], "question": question, "response": response}
             yield data.to_record(problem) | example
             counts["examples"] += 1
@@ -197,15 +199,24 @@ def main():
     add("--method", choices=["vanilla", "bridge", "pp-aug", "rc-aug"], default="bridge")
     add("--behaviors", nargs="*", choices=BEHAVIORS, default=BEHAVIORS, help="which behaviors bridge injects")
     add("--p", type=data.share,
-        help="probability of an analysis and of a reflection, a step: 0.1 (without a file: 0.4)")
+        help="probability of an analysis and of a reflection, a step; default: 0.1 (without a file: 0.4)")
     add("--p-analysis", type=data.share, help="the same for analyses alone")
     add("--p-reflection", type=data.share, help="the same for reflections alone")
     add("--official", action="store_true", help="reflections and analyses as the released code draws them")
     add("--copies", type=data.positive_int, default=4,
         help="examples a problem with pp-aug and rc-aug, with the original")
-    add("--seed", type=int, default=0)
+    add("--seed", type=data.natural, help="default: 0 (without a file: 5)")
     add("--out", help="JSONL file to write")
     args = parser.parse_args()
+    if not args.file:
+        parser.refuse(args, ("method", "copies", "out"), "without a file to read")
+    if args.method != "bridge":
+        parser.refuse(args, ("behaviors", "p", "p_analysis", "p_reflection", "official"),
+                      f"with --method {args.method}")
+    if args.method in ("vanilla", "bridge"):
+        parser.refuse(args, ("copies",), f"with --method {args.method}")
+    if args.seed is None:
+        args.seed = 0 if args.file else 5
     both = args.p if args.p is not None else 0.1 if args.file else 0.4
     p = {"analysis": both if args.p_analysis is None else args.p_analysis,
          "reflection": both if args.p_reflection is None else args.p_reflection}
@@ -219,7 +230,7 @@ def main():
         return
     if not args.out:
         raise data.InputError("--out is missing: name the JSONL file to write")
-    data.claim([("--out", args.out, (b"{",))], [("the file to read", args.file)])
+    data.claim([("--out", args.out, (b'{"id":',))], [("the file to read", args.file)])
     problems = data.read_problems(args.file, graph=True)
     counts = {"examples": 0, "steps": 0, "reflections": 0, "analyses": 0, "subgoals": 0}
     data.write_records(args.out, make_records(problems, args.file, args.method, options, counts))

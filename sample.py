@@ -285,7 +285,8 @@ def default_checkpoint(name=None, task="igsm"):
     """The checkpoint to use: `name` if given, else sft.pt, else a task's tiny base (stderr says so)."""
     if name is not None:
         if str(name).endswith(".pt") and not os.path.isfile(name):
-            raise InputError(f"{name}: no such file (--ckpt); run sft.py first or name another checkpoint")
+            found = "a folder, not a file" if os.path.isdir(name) else "no such file"
+            raise InputError(f"{name}: {found} (--ckpt); run sft.py first or name another checkpoint")
         return str(name)
     if os.path.isfile("sft.pt"):
         return "sft.pt"
@@ -383,8 +384,8 @@ class Rollout:
 
 # --- drawing a token ----------------------------------------------------------------------------------------
 # Lay the tokens side by side on a line, each as long as its probability, and pick a point of the line at
-# random: the token that lies there is a draw. The point is no stream, which another schedule would shift, but
-# a hash of (seed, prompt, sample, position).
+# random: the token that lies there is a draw. The point does not come from a random stream, which another
+# order of rows would shift, but from a hash of (seed, prompt, sample, position).
 #
 # Lengths are whole numbers of 2^-40. Such sums are exact in any order, so a token of probability 0 has no
 # length, and a GPU draws what a CPU draws. On a GPU the passes below move about 70 bytes for each of the
@@ -465,9 +466,10 @@ def product(q, keys):
 def attention(q, own, shared, bias, prompt, seat, seats):
     """One query a row, over its prompt's cache and its own. q (B, heads, D) -> (B, heads, D).
 
-    own: keys and values, (B kv_heads, T, D) each; shared: (P kv_heads, T', D); bias (B, 1, 1, T' + T). So
-    that a prompt's cache is read once for all its rows, their queries are laid beside it: row b takes the
-    seat `seat[b]`, one of `seats`, at the prompt `prompt[b]`."""
+    own: keys and values, (B kv_heads, T, D) each; shared: (P kv_heads, T', D); bias (B, 1, 1, T' + T): 0
+    where a row may look, else -inf. g query heads read one key-value head. So that a prompt's cache is read
+    once for all its rows, their queries are laid beside it: row b takes the seat `seat[b]`, one of `seats`,
+    at the prompt `prompt[b]`. Rows of the prompts A, B, A sit at A0, B0, A1."""
     (keys, values), (prompt_keys, prompt_values) = own, shared
     B, T_prompt, D = len(q), *prompt_keys.shape[1:]
     kv_heads = len(keys) // B
@@ -525,7 +527,8 @@ class Decoder:
         self.cos = torch.cat((cos, cos), -1).to(weight.dtype)          # (positions, 1, D)
         self.sin = torch.cat((-sin, sin), -1).to(weight.dtype)
         # What a step reads and writes besides the caches, at addresses that a CUDA graph can know.
-        self.sync = 16 if self.device.type == "cuda" else 1            # steps between two looks of the host
+        # Fetching tokens makes the CPU, the host, wait for the GPU: it looks every 16 steps only.
+        self.sync = 16 if self.device.type == "cuda" else 1
         # token, column, key, prompt and seat of each row
         self.state = torch.zeros(5, rows, dtype=torch.int64, device=self.device)
         self.out_token = torch.zeros(self.sync, rows, dtype=torch.int64, device=self.device)
@@ -836,7 +839,8 @@ def check_request(policy, prompts, n, max_new_tokens):
 
 
 def prefill(engine, waiting, cached, ready, free):
-    """Bring waiting prompts into the cache, several at once, until the `free` places have a row each."""
+    """Bring waiting prompts into the cache, several at once, until the `free` places have a row each. (There
+    are more slots of prompts than live rows need, so one is always free.)"""
     while waiting and len(ready) < free:
         batch, tokens = [], 0
         while waiting and len(cached) < engine.capacity[2] and len(ready) < max(PREFILL_ROWS, free):
@@ -1299,13 +1303,15 @@ def main():
     add("--n", type=data.positive_int, default=4, help="rollouts per problem")
     add("--max-new-tokens", type=data.positive_int, default=512, help="a longer response is cut")
     add("--temperature", type=data.not_negative, default=1.0, help="0 is greedy")
-    add("--seed", type=int, default=0, help="of the draws, and of the fresh problems")
+    add("--seed", type=data.natural, default=0, help="of the draws, and of the fresh problems")
     args = parser.parse_args()
-    policy = load_policy(default_checkpoint(args.ckpt))
-    print(describe(policy), file=sys.stderr)
+    if 0 < args.temperature < 1e-3:
+        raise InputError(f"--temperature {args.temperature}: must be 0 (greedy) or at least 0.001")
     source = data.read_problems(args.data) if args.data else \
         data.generate(seed=args.seed, split="test", **data.TINY["igsm"])
     problems = list(itertools.islice(source, args.problems))
+    policy = load_policy(default_checkpoint(args.ckpt, problems[0].task))
+    print(describe(policy), file=sys.stderr)
     prompts = [encode_prompt(policy.tokenizer, problem.question) for problem in problems]
     for _ in range(2 if policy.device.type == "cuda" else 1):  # the first time, a GPU captures its graphs
         start = time.perf_counter()

@@ -15,7 +15,7 @@ The question's tokens condition and are never trained on. What is masked follows
 token values (a pad that equals the end token would otherwise hide the end, and generation would never stop);
 exactly one end token is trained.
 
-grpo.py shares sections 1 to 5 and 8. Half an hour of reading without pretraining (7); at first skip
+grpo.py shares sections 2 to 5 and 8. Half an hour of reading without pretraining (7); at first skip
 memory (3) and hand-over (8) too.
 
 Where we depart from the paper:
@@ -69,7 +69,7 @@ def micro_batches(lengths, tokens):
 
 
 def sum_of_logprobs(model, inputs, targets):
-    """The sum of log pi of all targets, a scalar: what SFT needs, with one product with the head less."""
+    """The sum of log pi of all targets, a scalar: what SFT needs, one product with the head less."""
     hidden = model.model(input_ids=inputs, use_cache=False).last_hidden_state  # (B, T, H), never (B, T, V)
     return sample.sum_logprob(hidden, model.lm_head.weight, targets)
 
@@ -236,12 +236,14 @@ class CtrlC:
 # may change when a run goes on: they name files, whose contents are compared, or touch nothing computed
 FREE = {"ckpt", "model", "data", "out", "export", "resume", "save_every", "eval_every", "eval_n", "patience",
         "command"}
+HELD_OUT = {"eval_every", "eval_n"}  # but these say which problems of --data are held out of the training
 
 
 def identity(args, model, free=()):
     """What a resumed run must repeat, {name: value}: flags that are not free, the model, the data."""
     flags = json.loads(json.dumps(vars(args), default=str))  # plain values, as a saved state has them
-    same = {f"--{name.replace('_', '-')}": flags[name] for name in flags if name not in FREE.union(free)}
+    free = FREE.union(free) - (HELD_OUT if args.data else set())
+    same = {f"--{name.replace('_', '-')}": flags[name] for name in flags if name not in free}
     checksum = 0
     for p in model.parameters():
         checksum = zlib.crc32(p.detach().cpu().contiguous().view(torch.uint8).numpy(), checksum)
@@ -280,7 +282,7 @@ class Run:
             if not all(isinstance(self.state.get(name), kind) for name, kind in kinds.items()):
                 raise data.InputError(f"{self.path}: not a saved state; delete it to start anew")
         elif resume and os.path.exists(out):
-            print(f"{out} is finished: nothing to resume")
+            print(f"{out} is finished: nothing to resume (with which flags it was made is not looked at)")
             raise SystemExit(0)
         elif resume:
             print(f"there is no {self.path}, so nothing to resume: starting anew")
@@ -361,26 +363,22 @@ def fill_in(args, model, presets):
             setattr(args, flag, value)
 
 
-def refuse(args, parser, flags, why):
-    """Raise where one of `flags` was given that another flag makes meaningless."""
-    for flag in flags:
-        if getattr(args, flag) != parser.get_default(flag):
-            name = flag.replace("_", "-")
-            raise data.InputError(f"--{name} has no effect {why}: leave one of the two out")
+DRAWING = ("task", "ops", "size", "tidy", "depth", "redundancy", "names", "max_answer", "max_value")
+
+
+def problem_options(args, parser):
+    """data.problem_options; with --data no problem is drawn, and its first one says which task it is."""
+    if args.data:
+        parser.refuse(args, DRAWING, "with --data, which brings its problems")
+        args.task = data.read_problems(args.data)[0].task
+    return data.problem_options(args)
 
 
 def check_files(args, parser, start):
     """Refuse flags that contradict each other on what is read, and claim what the run will write. start: the
     file or name that the weights come from."""
-    if args.data:
-        drawing = ("task", "ops", "size", "tidy", "depth", "redundancy", "names", "max_answer", "max_value")
-        refuse(args, parser, drawing, "with --data, which brings its problems")
-    elif args.task == "igsm":
-        refuse(args, parser, ("depth", "redundancy", "names"), "with --task igsm")
-    else:
-        refuse(args, parser, ("ops", "size", "tidy"), f"with --task {args.task}")
     if args.hand_over:
-        refuse(args, parser, ("resume", "export"), "with --hand-over, which trains nothing")
+        parser.refuse(args, ("resume", "export"), "with --hand-over, which trains nothing")
     stem = args.out.removesuffix(".pt")
     if stem == args.out or stem.endswith(".state"):
         raise data.InputError(f"--out {args.out}: must end in .pt, but not in .state.pt")
@@ -693,7 +691,7 @@ class Exam:
 
     def __init__(self, policy, args):
         rng, options = Random(f"held out {args.seed}"), CURRICULUM[args.task][2] | COMMON[args.task]
-        stream = data.generate(args.task, seed=args.seed, split="val", **{"ops": None} | options)
+        stream = data.generate(args.task, seed=args.seed, split="val", **options)
         self.policy, self.problems = policy, list(itertools.islice(stream, 100))
         self.texts = [encode_text(policy.tokenizer, skill_text(rng, skill, problem))
                       for problem in self.problems[:24] for skill in SKILLS]
@@ -920,27 +918,28 @@ def add_flags(parser):
     add = parser.add_argument_group("pretraining (--model scratch)").add_argument
     add("--tokens", type=data.positive, default=32e6)
     add("--skills", type=data.share, default=0.3, help="share of the tokens, the first, of skills alone")
-    add("--start", help="another base whose body to start from")
-    add("--width", type=data.positive_int, default=128)
-    add("--layers", type=data.positive_int, default=6)
-    add("--heads", type=data.positive_int, default=2)
+    add("--start", help="another base to start from: its body, and the embeddings of shared tokens")
+    size = data.number(int, 1, 4096, "a whole number from 1 to 4096")
+    add("--width", type=size, default=128)
+    add("--layers", type=size, default=6)
+    add("--heads", type=size, default=2)
 
 
 def check(args, parser, start):
     """Refuse flags that contradict each other, each in one sentence."""
     check_files(args, parser, start)
     if args.data:
-        refuse(args, parser, ("method", "behaviors", "p", "n"), "with --data, which brings its answers")
+        parser.refuse(args, ("method", "behaviors", "p", "n"), "with --data, which brings its answers")
     if args.method != "bridge":
-        refuse(args, parser, ("behaviors", "p"), f"with --method {args.method}")
+        parser.refuse(args, ("behaviors", "p"), f"with --method {args.method}")
     if args.model != "scratch":
-        refuse(args, parser, ("tokens", "skills", "start", "width", "layers", "heads"),
+        parser.refuse(args, ("tokens", "skills", "start", "width", "layers", "heads"),
                "without --model scratch")
 
 
 def run_pretraining(args, parser):
     """--model scratch: section 7."""
-    refuse(args, parser, ("data", "ops", "size", "depth", "redundancy", "names", "tidy", "max_value",
+    parser.refuse(args, ("data", "ops", "size", "depth", "redundancy", "names", "tidy", "max_value",
                           "method", "behaviors", "p", "n", "batch", "epochs", "gradient_checkpointing",
                           "export", "hand_over"), "with --model scratch")
     if args.width % (2 * args.heads):
@@ -976,7 +975,7 @@ def main():
     parser = data.Parser(__doc__)
     add_flags(parser)
     args = parser.parse_args()
-    options = data.problem_options(args)
+    options = problem_options(args, parser)
     start = sample.TINY_BASE.with_stem(args.task) if args.model == "tiny" else args.model
     check(args, parser, start)
     args.command = " ".join(["python", "sft.py", *sys.argv[1:]])

@@ -253,7 +253,8 @@ def test_same_seed_same_bytes(flags, digest, script, tmp_path, monkeypatch):
 @pytest.mark.parametrize("task", list(data.TINY))
 def test_the_tiny_problems_as_flags(task):
     """Bugs: --help names other flags than the defaults; an option that is given loses against the tiny
-    model's; the tiny model's options mixed into problems whose size was asked for."""
+    model's; the tiny model's options mixed into problems whose size was asked for; a flag of the other task
+    that is dropped without a word."""
     def options(*flags):
         parser = data.Parser("")
         data.add_problem_flags(parser)
@@ -264,8 +265,9 @@ def test_the_tiny_problems_as_flags(task):
     assert options("--max-value", "50") == tiny | {"max_value": 50}
     size = {"igsm": ("ops", ["3", "3"], [3, 3]), "promptbench": ("depth", ["2"], 2)}[task]
     assert options(f"--{size[0]}", *size[1]) == {"task": task, size[0]: size[2]}
-    other = {"igsm": ["--depth", "2"], "promptbench": ["--ops", "3", "3"]}[task]  # says nothing of this task
-    assert options(*other) == tiny
+    other = {"igsm": ["--depth", "2"], "promptbench": ["--ops", "3", "3"]}[task]
+    with pytest.raises(data.InputError, match=f"{other[0]} has no effect with --task {task}"):
+        options(*other)
 
 
 def test_splits_are_disjoint():
@@ -706,13 +708,30 @@ def test_bad_files(content, line, tmp_path):
 
 @pytest.mark.parametrize("arguments, word", [
     (["--ops", 9, 3], "--ops 9 3"), (["--ops", 9], "--ops"), (["--wurst"], "--wurst"), (["--n", 0], "--n"),
-    (["--seed", -1], "--seed"),
+    (["--seed", -1], "--seed"), (["--n", 10 ** 20], "--n"), (["--seed", 10 ** 23], "--seed"),
+    (["--workers", 10 ** 12], "--workers"), (["--depth", 3], "--task promptbench"),
+    (["--out", "package.json"], "package.json: exists already"),
     (["--task", "gsm8k"], "--task"), (["--task", "promptbench", "--redundancy", 9, 3], "--redundancy 9 3"),
     (["--out", "no/where.jsonl"], "no/where.jsonl")])
-def test_bad_flags(arguments, word, script):
-    """A traceback, a silent default, or a message that does not name the flag."""
+def test_bad_flags(arguments, word, script, tmp_path):
+    """A traceback, a silent default, or a message that does not name the flag; another program's JSON file
+    overwritten."""
+    (tmp_path / "package.json").write_text('{"name": "x"}')
     done = script("data.py", *arguments)
     assert done.returncode == 2 and word in done.stderr and "Traceback" not in done.stderr and not done.stdout
+
+
+def test_help_says_every_default():
+    """Bugs: a default that --help does not say, says twice, or says of a flag that has none."""
+    parser = data.Parser("Doc.")
+    add = parser.add_argument
+    add("--n", type=data.positive_int, default=7, help="how many"), add("--none", help="nothing")
+    add("--said", default=3, help="default: three"), add("--switch", action="store_true", help="on")
+    add("--bare", default=0.5)
+    lines = {line.split()[0]: line for line in parser.format_help().splitlines() if line.startswith("  --")}
+    assert "how many (default: 7)" in lines["--n"] and "(default: 0.5)" in lines["--bare"]
+    assert lines["--said"].endswith("default: three")
+    assert not any("default" in lines[name] for name in ("--none", "--switch"))
 
 
 def test_without_arguments(script):

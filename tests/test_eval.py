@@ -378,17 +378,27 @@ def test_table_and_json(script, tmp_path, tiny_file):
     (["--data", "empty.jsonl"], ["empty.jsonl"]), (["--plot", "x.png"], ["--samples"]),
     (["--ood", "9", "3"], ["--ops 9 3"]), (["--n", "0"], ["--n", "at least 1"]),
     (["--max-new-tokens", "5000"], ["--max-new-tokens", "2048"]), (["--sample", "3"], ["--sample"]),
-    (["--report", "empty.jsonl2"], ["empty.jsonl2"]),
+    (["--report", "empty.jsonl2"], ["empty.jsonl2"]), (["--report", "zero.csv"], ["zero.csv", "--results"]),
+    (["--report", "head.csv", "--plot", "x.png"], ["head.csv", "nothing to draw"]),
+    (["--report", "head.csv", "--json", "x.json"], ["--json", "--report"]),
+    (["--curves", "short.csv"], ["short.csv", "grpo.py"]), (["--curves", "long.csv"], ["long.csv", "grpo.py"]),
+    (["--data", "empty.jsonl", "--ops", "3", "4"], ["--ops", "--data"]),
     (["--influence", "--samples", "1"], ["--samples", "influence"]),
     (["--html", "no/x.html"], ["no/x.html"])])
 def test_bad_input_is_one_sentence(script, tmp_path, tiny_file, arguments, words):
     """Bug: a traceback for a missing, truncated or foreign checkpoint, an empty file, a prompt beyond the
-    context."""
+    context, a table or a log that is cut or has no rows; a flag that is dropped without a word."""
     import torch
     (tmp_path / "cut.pt").write_bytes(tiny_file.read_bytes()[:5000])
     torch.save({"model": torch.zeros(3)}, tmp_path / "foreign.pt")
     (tmp_path / "empty.jsonl").write_text("")
-    result = script("eval.py", *(() if "--ckpt" in arguments else ("--ckpt", tiny_file)), *arguments)
+    heading = ",".join(evaluation.COLUMNS)
+    (tmp_path / "head.csv").write_text(heading + "\n")
+    (tmp_path / "zero.csv").write_text(f"{heading}\nigsm,bridge,2,rl,id,6-8,0,0{',' * 13}\n")
+    (tmp_path / "short.csv").write_text("step,val_accuracy,reward\n1,,0.5\n2,\n")
+    (tmp_path / "long.csv").write_text(f"step,reward,val_accuracy\n1,0.5,{'x' * 140_000}\n")
+    measuring = {"--ckpt", "--report", "--curves"}.isdisjoint(arguments)
+    result = script("eval.py", *(("--ckpt", tiny_file) if measuring else ()), *arguments)
     last = result.stderr.strip().split("\n")[-1]
     assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
     assert all(word in last for word in words), result.stderr

@@ -252,14 +252,14 @@ def small_disk():
 
 def test_a_full_disk_is_one_sentence(small_disk, script, tmp_path, tiny_file):
     """Bugs: PyTorch's "unexpected pos" with a traceback; half a file; the old result lost."""
-    (tmp_path / "big.jsonl").write_text("{}\n")
+    (tmp_path / "big.jsonl").write_text('{"id": 0}\n')
     cannot = ": cannot be written: " + os.strerror(errno.EFBIG)
     refused(script("sft.py", "--model", tiny_file, *FEW), "sft.pt" + cannot)
     refused(script("data.py", "--n", 100, "--ops", 5, 5, "--out", "big.jsonl"), "big.jsonl" + cannot)
     assert sorted(contents(tmp_path)) == ["big.jsonl", "sft.csv"]
     with pytest.raises(data.InputError, match="folder: cannot be written"):
         sample.export_policy(sample.load_policy(tiny_file, device="cpu"), tmp_path / "folder")
-    assert (tmp_path / "big.jsonl").read_text() == "{}\n"
+    assert (tmp_path / "big.jsonl").read_text() == '{"id": 0}\n'
 
 
 @pytest.mark.parametrize("error, words", [

@@ -900,6 +900,18 @@ def test_a_second_ctrl_c_stops_at_once():
             time.sleep(1)
 
 
+def test_what_is_held_out_of_a_file_cannot_change(tiny, tmp_path):
+    """Bug: --resume with another --eval-n, which holds other problems of --data out of the training."""
+    (tmp_path / "p.jsonl").write_text("{}")
+    def identity(**flags):
+        return sft.identity(SimpleNamespace(**{"eval_n": 100, "eval_every": 25, "save_every": 9} | flags), model)
+    model = tiny().model
+    for path, same in ((str(tmp_path / "p.jsonl"), False), (None, True)):
+        whole = identity(data=path)
+        assert whole == identity(data=path, save_every=1)
+        assert (whole == identity(data=path, eval_n=2)) == (whole == identity(data=path, eval_every=0)) == same
+
+
 def test_steps_may_be_raised_where_they_shape_nothing(script, tmp_path, tiny_file, monkeypatch):
     """Bugs: a run that cannot be made longer; one that is, although its learning rate had begun to decay."""
     base = ["grpo.py", "--ckpt", tiny_file, "--entropy", 0.05, *SMALL, "--save-every", 1]

@@ -256,7 +256,8 @@ def test_trl_sft_loss_is_ours(handed, monkeypatch):
     theirs = trainer.compute_loss(trainer.model, batch, num_items_in_batch=items).item()
     assert theirs == pytest.approx(ours, abs=1e-6)
     wrong = [(prompt[:1], prompt[1:] + response) for prompt, response in examples]  # the question, too
-    assert abs(theirs - sft.add_gradient(policy, wrong, micro_tokens=300)) > 1e-3
+    # a random policy finds every token about as unlikely, so all losses are near log V: 50 tolerances away
+    assert abs(theirs - sft.add_gradient(policy, wrong, micro_tokens=300)) > 5e-5
 
 
 @pytest.mark.parametrize("flags, kind", [((), "grpo"), (("--norm", "token"), "bnpo"),

@@ -1,6 +1,7 @@
 """eval.py: the influence of Proposition 3.1 against its own definition and against a real step; entropy; the
 page."""
 import copy
+import itertools
 import json
 import math
 import re
@@ -274,6 +275,17 @@ def test_page(tiny, monkeypatch, tmp_path, script, tiny_file):
     assert split["influence"]["by_right"] == [0, split["influence"]["delta"][0], 0]
     assert split["entropy"] > 0 and split["perplexity"] > 1 and split["rollouts"]["shown"][2] == [
         HOSTILE, HOSTILE]
+
+
+def test_a_base_was_fine_tuned_on_nothing(tiny):
+    """Bug: answers injected at the base's unused --method and --p of None (a traceback after all sampling)."""
+    policy = tiny()
+    policy.info = {"model": "scratch", "method": "bridge", "behaviors": ["subgoal", "analysis"], "p": None,
+                   "data": None, "n": 2000, "task": "igsm"}
+    problems = list(itertools.islice(data.generate(ops=(2, 3), max_value=100, split="test"), 2))
+    found = evaluation.measure_entropy(policy, problems, [([5, 6], [7, 8])], seed=3, micro_tokens=200)
+    assert found["answers"] == "the problems' own" and found["perplexity"] > 1
+    assert evaluation.origin(policy, "results/igsm.pt")[0] == "igsm"
 
 
 def test_entropy_and_perplexity(tiny):

@@ -233,7 +233,13 @@ def test_from_file_to_file(flags, script, tmp_path):
     ('{"question": "x", "answer": 1}', ["--out", "o", "--p", "2"], "--p"),
     ('{"question": "x", "answer": 1}', [], "--out"),
     ('{"question": "x", "answer": 1}', ["--wurst"], "--wurst"),
-    ('{"question": "x", "answer": 1}', ["--method", "ppaug"], "--method")])
+    ('{"question": "x", "answer": 1}', ["--method", "ppaug"], "--method"),
+    ('{"question": "x", "answer": 1}', ["--method", "vanilla", "--p", "0.5", "--out", "o"], "--p has no effect"),
+    ('{"question": "x", "answer": 1}', ["--copies", "2", "--out", "o"], "--copies has no effect"),
+    ('{"question": "The value of ab is 1.\\nWhat is the value of ab?", "answer": 1, "task": "igsm"}',
+     ["--out", "o"], "the question is one of promptbench"),
+    ('{"question": "oops\\nWhat is the value of ab?", "answer": 1, "task": "promptbench"}', ["--out", "o"],
+     "its question, line 1: not a premise")])
 def test_bad_input(content, flags, word, script, tmp_path):
     """A traceback, or a half-written file beside a message that does not name the fault."""
     if content is not None:
@@ -243,8 +249,26 @@ def test_bad_input(content, flags, word, script, tmp_path):
     assert not list(tmp_path.glob("o*"))
 
 
+@pytest.mark.parametrize("method", ["vanilla", "bridge", "pp-aug", "rc-aug"])
+@pytest.mark.parametrize("broken", ["moved", "missing"])
+def test_plain_answers_that_do_not_hold(method, broken, script, tmp_path):
+    """Bug: an edit of steps in an impossible order, a traceback in the middle of an injection."""
+    problem = next(data.generate(ops=(6, 8)))
+    thought, ending = problem.response.split("\n</think>")
+    start, first, *steps, last = thought.split("\n")
+    lines = [start, last, *steps, first] if broken == "moved" else [start, *steps, last]
+    answer = "\n".join(lines) + "\n</think>" + ending
+    (tmp_path / "train.jsonl").write_text(json.dumps(data.to_record(problem) | {"id": 0, "response": answer}))
+    done = script("inject.py", "train.jsonl", "--method", method, "--out", "o")
+    assert done.returncode == 2 and re.search(r"its answer does not hold, line \d: ", done.stderr), done.stderr
+    assert done.stderr.rstrip().endswith("(order)") and not (tmp_path / "o").exists()
+
+
 def test_without_arguments(script):
-    """The first thing a reader runs does not show a plain answer beside its injected one."""
+    """The first thing a reader runs does not show a plain answer beside its injected one, with all three
+    behaviors; or writes nothing where a file was asked for."""
     done = script("inject.py")
     assert done.returncode == 0 and "--- plain" in done.stdout
+    assert re.search(r"\[It equals .*\]", done.stdout) and re.search(r"\[\S+ . \S+ =\]", done.stdout)
+    assert script("inject.py", "--out", "x.jsonl").returncode == 2
     assert re.search(r"\[- .* has to wait\.\]", done.stdout)

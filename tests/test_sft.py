@@ -1,5 +1,6 @@
 """sft.py: what is trained on, that micro-batches add up, and that small updates are not lost."""
 import csv
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -125,6 +126,21 @@ def test_fresh_answers_follow_their_flags(flags, p, behaviors, script, tiny_file
     assert result.returncode == 0, result.stderr
     method = flags[1] if "--method" in flags else "bridge"
     assert seen == [(method, tuple(behaviors), p, 4)] * 6
+
+
+def test_the_task_is_that_of_the_data(script, tmp_path, monkeypatch):
+    """Bug: PromptBench's file trained from iGSM's base and with its settings, since --task says nothing."""
+    started = []
+
+    def load(path, *_):
+        started.append(Path(path).name)
+        raise data.InputError("seen")
+    monkeypatch.setattr(sample, "load_policy", load)
+    for task in ("promptbench", "igsm"):
+        script("data.py", "--task", task, "--n", 2, "--out", f"{task}.jsonl")
+        for name in ("sft.py", "grpo.py", "eval.py", "sample.py"):
+            assert script(name, "--data", f"{task}.jsonl").returncode == 2
+    assert started == ["promptbench.pt"] * 4 + ["igsm.pt"] * 4
 
 
 def test_bf16_weights_keep_small_updates():
