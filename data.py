@@ -1117,8 +1117,8 @@ class Parser(argparse.ArgumentParser):
 
     def format_help(self):
         for action in self._actions:  # what is not said otherwise
-            words = action.help or ""
-            if action.default not in (None, False, argparse.SUPPRESS) and "default" not in words:
+            words, default = action.help or "", action.default
+            if default not in (None, argparse.SUPPRESS) and default is not False and "default" not in words:
                 action.help = f"{words} (default: %(default)s)".strip()
         return super().format_help()
 

@@ -727,9 +727,9 @@ def test_help_says_every_default():
     add = parser.add_argument
     add("--n", type=data.positive_int, default=7, help="how many"), add("--none", help="nothing")
     add("--said", default=3, help="default: three"), add("--switch", action="store_true", help="on")
-    add("--bare", default=0.5)
+    add("--bare", default=0)  # not False
     lines = {line.split()[0]: line for line in parser.format_help().splitlines() if line.startswith("  --")}
-    assert "how many (default: 7)" in lines["--n"] and "(default: 0.5)" in lines["--bare"]
+    assert "how many (default: 7)" in lines["--n"] and "(default: 0)" in lines["--bare"]
     assert lines["--said"].endswith("default: three")
     assert not any("default" in lines[name] for name in ("--none", "--switch"))
 
