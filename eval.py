@@ -733,7 +733,8 @@ def plot_report(path, out):
         after = {m: [interval_or_nothing(cell[m, stage]) for stage in ("rl", "rl-process")] for m in methods}
         draw_intervals(above, after, names)
         above.set_title(f"{task} {split}")
-        sweep = sorted((chances[m], m) for m in methods if m in chances and re.match("subgoal$|bridge", m))
+        swept = [m for m in methods if m in chances and re.fullmatch(r"subgoal|bridge(-p[\d.]+)?", m)]
+        sweep = sorted((chances[m], m) for m in swept)
         if sweep:
             draw_intervals(below, {f"p = {p:g}": after[m] for p, m in sweep}, names)
         else:

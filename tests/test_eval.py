@@ -406,11 +406,11 @@ def test_bad_input_is_one_sentence(script, tmp_path, tiny_file, arguments, words
 
 def test_report_as_a_figure(tmp_path, script, monkeypatch):
     """Bugs: p 0 lost, or sorted as text; SFT's accuracy drawn for RL's; process-verified accuracy not drawn,
-    or drawn where nobody counted it."""
+    or drawn where nobody counted it; a run with other options of GRPO drawn as its p."""
     pytest.importorskip("matplotlib")
     path, drawn = str(tmp_path / "results.csv"), []
     made = {"vanilla": None, "subgoal": 0.0, "analysis": 0.3, "reflection": 0.3, "bridge": 0.3,
-            "bridge-p0.1": 0.1}
+            "bridge-p0.1": 0.1, "bridge:filter": 0.3}
     row = dict(task="igsm", split="id", ops="2-4", n=100)
     rows = [row | dict(method=method, seed=seed, stage=stage, correct=40 + 10 * i + (stage == "rl"), p=p,
                        process=None if method == "analysis" else 10 * i)
