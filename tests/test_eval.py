@@ -379,7 +379,6 @@ def test_table_and_json(script, tmp_path, tiny_file):
     (["--ood", "9", "3"], ["--ops 9 3"]), (["--n", "0"], ["--n", "at least 1"]),
     (["--max-new-tokens", "5000"], ["--max-new-tokens", "2048"]), (["--sample", "3"], ["--sample"]),
     (["--report", "empty.jsonl2"], ["empty.jsonl2"]), (["--report", "zero.csv"], ["zero.csv", "--results"]),
-    (["--report", "head.csv", "--plot", "x.png"], ["head.csv", "nothing to draw"]),
     (["--report", "head.csv", "--json", "x.json"], ["--json", "--report"]),
     (["--curves", "short.csv"], ["short.csv", "grpo.py"]), (["--curves", "long.csv"], ["long.csv", "grpo.py"]),
     (["--data", "empty.jsonl", "--ops", "3", "4"], ["--ops", "--data"]),
@@ -406,7 +405,8 @@ def test_bad_input_is_one_sentence(script, tmp_path, tiny_file, arguments, words
 
 def test_report_as_a_figure(tmp_path, script, monkeypatch):
     """Bugs: p 0 lost, or sorted as text; SFT's accuracy drawn for RL's; process-verified accuracy not drawn,
-    or drawn where nobody counted it; a run with other options of GRPO drawn as its p."""
+    or drawn where nobody counted it; a run with other options of GRPO drawn as its p; a traceback where
+    there is nothing to draw."""
     pytest.importorskip("matplotlib")
     path, drawn = str(tmp_path / "results.csv"), []
     made = {"vanilla": None, "subgoal": 0.0, "analysis": 0.3, "reflection": 0.3, "bridge": 0.3,
@@ -425,6 +425,9 @@ def test_report_as_a_figure(tmp_path, script, monkeypatch):
     assert methods["bridge"] == [(0.81, 0.81, 0.81), (0.4, 0.4, 0.4)] == sweep["p = 0.3"]
     assert math.isnan(methods["analysis"][1][0])
     assert "| subgoal | 2 | 50.0% [50.0%, 50.0%] | 51.0% [51.0%, 51.0%] | +1.0%" in result.stdout
+    (tmp_path / "head.csv").write_text(",".join(evaluation.COLUMNS) + "\n")
+    result = script("eval.py", "--report", "head.csv", "--plot", "x.svg")
+    assert result.returncode == 2 and "head.csv: no row of a policy after RL" in result.stderr
 
 
 @pytest.mark.parametrize("made, method, p", [
