@@ -462,7 +462,7 @@ def draw_curves(axis, paths):
 
 
 def curve_rows(paths, steps=20):
-    """The same in figures, rows of text: each run's reward, the mean of its first and of its last `steps`
+    """The same in numbers, rows of text: each run's reward, the mean of its first and of its last `steps`
     steps, and the gain, over its seeds; where there are two runs, their difference, paired by seed."""
     first, last = defaultdict(dict), defaultdict(dict)  # {run: {seed: reward}}
     for path in paths:
