@@ -176,6 +176,10 @@ def test_report_pairs_seeds(tmp_path, script):
     assert "| id | vanilla | 2 | 35.0%" in printed and "| 11.0% |" in printed and "| ood |" not in printed
     assert "| 23.5% [" in printed and "| 44.7% [" in printed  # process: (25 + 22) / 2, (40 + 45 + 49) / 3
     assert "process-verified after RL, bridge - vanilla +19.0%" in printed
+    row = dict(task="igsm", seed=1, split="id", ops="2-4", n=100, process=None, correct=0)
+    evaluation.write_results(str(tmp_path / "none.csv"), [row | dict(method=method, stage=stage)
+                             for method in ("vanilla", "bridge") for stage in ("sft", "rl")])
+    assert "bridge / vanilla nan" in script("eval.py", "--report", "none.csv").stdout  # nothing to divide by
 
 
 def test_report_on_options_of_grpo(tmp_path, script):
@@ -294,7 +298,8 @@ def test_rewards_of_two_runs_are_paired_by_seed(tmp_path, script):
     assert result.returncode == 0, result.stderr
     cells = [re.split(r"\s{2,}", line) for line in result.stdout.splitlines()]
     assert [row[0] for row in cells] == ["run", "vanilla", "bridge", "bridge - vanilla"]
-    assert [row[4].split(" ")[0] for row in cells[1:]] == ["+15.0%", "+40.0%", "+25.0%"]
+    assert [[cell.split(" ")[0] for cell in row[2:]] for row in cells[1:]] == [
+        ["30.0%", "45.0%", "+15.0%"], ["30.0%", "70.0%", "+40.0%"], ["+0.0%", "+25.0%", "+25.0%"]]
     # seed by seed: +0.2 and +0.3, so 0.25 +- 12.706 x 0.05; unpaired it would be 12.706 x 0.15 or 0.25
     assert cells[3][4] == "+25.0% [-38.5%, +88.5%]"
     (tmp_path / "empty.csv").write_text("step,reward,val_accuracy\n")
@@ -374,6 +379,7 @@ def test_table_and_json(script, tmp_path, tiny_file):
 
 @pytest.mark.parametrize("arguments, words", [
     (["--ckpt", "nowhere.pt"], ["nowhere.pt"]), (["--ckpt", "cut.pt"], ["cut.pt"]),
+    (["--ckpt", "folder.pt"], ["folder.pt: a folder"]),
     (["--ckpt", "foreign.pt"], ["foreign.pt"]),
     (["--data", "empty.jsonl"], ["empty.jsonl"]), (["--plot", "x.png"], ["--samples"]),
     (["--ood", "9", "3"], ["--ops 9 3"]), (["--n", "0"], ["--n", "at least 1"]),
@@ -391,6 +397,7 @@ def test_bad_input_is_one_sentence(script, tmp_path, tiny_file, arguments, words
     (tmp_path / "cut.pt").write_bytes(tiny_file.read_bytes()[:5000])
     torch.save({"model": torch.zeros(3)}, tmp_path / "foreign.pt")
     (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "folder.pt").mkdir()
     heading = ",".join(evaluation.COLUMNS)
     (tmp_path / "head.csv").write_text(heading + "\n")
     (tmp_path / "zero.csv").write_text(f"{heading}\nigsm,bridge,2,rl,id,6-8,0,0{',' * 13}\n")

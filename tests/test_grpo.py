@@ -1177,6 +1177,7 @@ def test_every_flag_reaches_the_code(chapter, monkeypatch):
     (["--eval-n", "0"], ["--eval-n 0", "--eval-every"]),
     (["--export", "p.jsonl"], ["--export p.jsonl"]),
     (["--seed", "-1"], ["--seed"]),
+    (["--temperature", "1e-39"], ["--temperature: 1e-39"]),
     (["--max-grad-norm", "0"], ["--max-grad-norm"]),
     (["--filter", "1", "7", "--data", "p.jsonl"], ["--filter 1 7", "none of 12"])])
 def test_contradictions_are_refused(script, tmp_path, tiny_file, flags, words):

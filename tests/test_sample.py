@@ -418,6 +418,12 @@ def test_requests_that_cannot_fit():
     assert len(sample.generate(policy, [[5] * 200], 1, 56, temperature=0)[0][0].tokens) == 56
 
 
+def test_a_temperature_near_0_is_refused(script):
+    """Bug: logits divided by 1e-39 are infinite, and NaN probabilities draw the last token, without a word."""
+    result = script("sample.py", "--temperature", "1e-39")
+    assert result.returncode == 2 and "--temperature 1e-39: must be 0" in result.stderr
+
+
 def test_describe_names_the_slow_path():
     assert "our decode step" in sample.describe(policy_of("llama"))
     assert "slow" in sample.describe(policy_of("gpt2"))

@@ -241,6 +241,7 @@ def test_a_stop_for_numbers_leaves_the_last_good_state(script, tmp_path, tiny_fi
     (["--data", "silent.jsonl", "--method", "vanilla"], ["--method", "--data"]),
     (["--method", "vanilla", "--p", "0.5"], ["--p", "vanilla"]),
     (["--width", "64"], ["--width", "scratch"]),
+    (["--model", "scratch", "--width", "1000000"], ["--width: 1000000"]),
     (["--export", "silent.jsonl"], ["--export silent.jsonl"]),
     (["--epoch", "3"], ["--epoch"]),  # no abbreviations: a typo must not be read as another flag
 ])
