@@ -27,9 +27,9 @@ each Tall Barn's Pine Crate = 3 * 2 = 6
 
 The file follows a problem's life: graph, words, answer, reading the text back, checking an answer step by
 step, many problems, files. It takes an hour to read; at first skip section 5 (PromptBench, a second task:
-trees, in other words), 10 and 11 (flags and files) and 12 (names). Source: Ye et al. 2024 ("Physics of
-Language Models 2.1"), as modified by BRIDGE (arXiv 2505.18917): no modulo, large answers dropped, redundant
-premises; PromptBench arithmetic is Zhu et al. 2024 ("DyVal").
+trees, in other words), 10 (flags and files), the command in 11, and 12 (names). Source: Ye et al. 2024
+("Physics of Language Models 2.1"), as modified by BRIDGE (arXiv 2505.18917): no modulo, large answers
+dropped, redundant premises; PromptBench arithmetic is Zhu et al. 2024 ("DyVal").
 
 Where we depart from the released generator and the paper:
 1. the names are our own, and a name never makes a premise ambiguous (theirs are split at "'s ");
@@ -233,12 +233,12 @@ def describe(name, constant, link, kind, parents):
     return Node(name, formula, text)
 
 
-def draw_premise(rng, name, parents, constant):
+def draw_premise(rng, name, parents, has_constant):
     """A premise over these parents, with a written constant or without -> Node."""
     kind = "" if len(parents) < 2 else "sum" if len(parents) > 2 else rng.choice(("sum", "difference"))
-    link = rng.choice(("more than", "times")) if constant and parents else ""
-    written = rng.randint(0, 9) if constant else None
-    return describe(name, written, link, kind, rng.sample(parents, len(parents)))
+    link = rng.choice(("more than", "times")) if has_constant and parents else ""
+    constant = rng.randint(0, 9) if has_constant else None
+    return describe(name, constant, link, kind, rng.sample(parents, len(parents)))
 
 
 def draw_needed(rng, edges, implied, ops):
@@ -276,10 +276,13 @@ def order_needed(rng, waiting, implied, ops, spent):
     that rests on them. Tall Barn's Tin Crate is drawn first, so it is the target. Then comes Old Barn's
     Crate: nothing rests on it yet, so it becomes a parent of Tall Barn's Tin Crate. Last come Pine and Tin
     Crate; they serve Old Barn's Crate already. Read backwards: Tin, Pine, Old Barn's Crate, target."""
+    # how many implied quantities that rest on it have no place yet: it is not drawn before they have
     unplaced_users = Counter(p for q in waiting if q in implied for p in implied[q].parents)
-    useful, parents, backwards = set(), {q: [] for q in waiting if q not in implied}, []
+    useful = set()  # what implied quantities with a place rest on: it serves a later one already
+    parents, backwards = {q: [] for q in waiting if q not in implied}, []
     while waiting:
         most = 3 if spent < ops else 2  # a second parent costs nothing, a third costs an operation
+        # premises with a place that can take one more parent
         takers = [q for q in backwards if q in parents and len(parents[q]) < most]
         ready = [q for q in waiting if not unplaced_users[q] and (q in useful or takers or not backwards)]
         if not ready:
@@ -301,27 +304,27 @@ def raise_degrees(rng, order, parents, spent, ops):
     """Stage 4 -> what `draw_needed` returns, with exactly `ops` operations.
 
     No in-degree exceeds 4. A node's second edge costs nothing, every further one an operation."""
-    constant = {q: not parents[q] for q in parents}
+    has_constant = {q: not parents[q] for q in parents}
     place = {q: i for i, q in enumerate(order)}
     growing = [q for q in parents if place[q] > 0]
     for q in growing:
         if len(parents[q]) == 1 and rng.random() < 0.7:
-            constant[q] = True
+            has_constant[q] = True
     while spent < ops:
         if not growing:
             return None
         q = rng.choice(growing)
-        degree = len(parents[q]) + constant[q]
+        degree = len(parents[q]) + has_constant[q]
         earlier = [p for p in order[:place[q]] if p not in parents[q]]
-        if degree == 4 or (not earlier and constant[q]):
+        if degree == 4 or (not earlier and has_constant[q]):
             growing.remove(q)
             continue
-        if not constant[q] and (not earlier or rng.random() < 0.3):
-            constant[q] = True
+        if not has_constant[q] and (not earlier or rng.random() < 0.3):
+            has_constant[q] = True
         else:
             parents[q].append(rng.choice(earlier))
         spent += degree >= 2
-    return order, {q: (parents[q], constant[q]) for q in parents}
+    return order, {q: (parents[q], has_constant[q]) for q in parents}
 
 
 def draw_redundant(rng, edges, implied, order):
@@ -488,10 +491,12 @@ class IGSM:
         the first quantity named is the node; "x = ..." in the last sentence is the equation, "it equals ..."
         an analysis, another sentence that names quantities a reflection, any other belongs to the opening."""
         quantities = re.findall(names, text)
-        if not quantities or re.search(r"<[0-9]+>", text):
+        if not quantities or re.search(r"<[0-9]+>", text):  # a mark of its own would be taken for one of ours
             return None
         numbers = count()  # quantities become <0>, <1> ...: a name may hold letters, dots and spaces
         masked = re.sub(names, lambda _: f"<{next(numbers)}>", text)
+        # "- Let x be the number of <0>. But <1> must be known first, so x has to wait.", or
+        # "- Let x be the number of <0>. It equals 2 more than <1>. So x = 2 + y = 2 + 3 = 5."
 
         def unmask(text):
             return re.sub(r"<([0-9]+)>", lambda match: quantities[int(match[1])], text)
@@ -650,8 +655,9 @@ def in_order(steps):
 
 
 def worded_like(original, edited):
-    """Edited steps, put into the tidy wording if the steps of the original answer are in it."""
-    return in_order(edited) if original == in_order(original) else edited
+    """Edited steps, in the tidy wording (only iGSM has one) if the steps of the original answer are in it."""
+    igsm = all(step.head.startswith(IGSM.step) for step in original)
+    return in_order(edited) if igsm and original == in_order(original) else edited
 
 
 def show(tokens):
@@ -847,8 +853,8 @@ def same_function(a, b):
     return all(evaluate(a, point) == evaluate(b, point) for point in points)
 
 
-def operations(tokens):
-    """How many operations a side leaves to do."""
+def symbols_left(tokens):
+    """How many + - * a side still holds."""
     return sum(t in ("+", "-", "*") for t in tokens)
 
 
@@ -859,16 +865,16 @@ def check_equation(node, equation, letters, values, task, subgoal):
     sides = [read_side(side) for side in equation.split(" = ")]
     if None in sides or len(sides) < 2 or len(sides[-1]) > 1 or not isinstance(sides[-1][0], int):
         raise Mistake("format", "the equation cannot be read")
-    solved = {letters[name]: name for name in values}
-    formula = tuple(solved.get(t, t) for t in sides[1])  # letters -> names
+    name_of = {letters[name]: name for name in values}
+    formula = tuple(name_of.get(t, t) for t in sides[1])  # letters -> names
     used = {t for t in formula if isinstance(t, str)} - set(SYMBOLS)
     for t in formula:
         if t in used and t not in values:
             raise Mistake("format", f"the letter {t} has no value")
     if used != set(node.parents) or not same_function(formula, node.formula):
         raise Mistake("retrieval", f"{show(sides[1])} is not what the problem says of '{node.name}'")
-    numbers = sides[2:] if used else sides[1:]
-    if not numbers or any(isinstance(t, str) and t not in SYMBOLS for side in numbers for t in side):
+    numbers = sides[2:] if used else sides[1:]  # without letters, sides[1] is the first of numbers itself
+    if any(isinstance(t, str) and t not in SYMBOLS for side in numbers for t in side):
         raise Mistake("format", "letters and numbers are mixed")
     if len(numbers) > 1 and numbers[0] != tuple(values.get(t, t) for t in formula):
         raise Mistake("retrieval", "the numbers are not the values of the letters")
@@ -876,7 +882,7 @@ def check_equation(node, equation, letters, values, task, subgoal):
     for side in numbers:
         if evaluate(side) != truth:
             raise Mistake("arithmetic", f"{show(side)} is not {truth}")
-    single = [operations(side) for side in numbers] == list(range(operations(formula), -1, -1))
+    single = [symbols_left(side) for side in numbers] == list(range(symbols_left(formula), -1, -1))
     if subgoal and not single:
         raise Mistake("arithmetic", "more than one operation in an equality")
     return truth, single and has_subgoals(equation, task)
@@ -909,7 +915,7 @@ def check_line(problem, step, letters, values, report):
 
 
 def check_trace(problem, response, subgoal=False):
-    """Walk an answer step by step -> Report with the first fault or the counts. No response makes it raise.
+    """Walk an answer step by step -> Report with the first fault or the counts; it never raises.
 
     An answer is *sound* if there is no fault: every "=" is true; letters are new, known and consistent; a
     node comes after its parents; a reflection stands on a locked node and names the parents that are
@@ -1027,7 +1033,7 @@ def draw_chunks(draw, workers):
     """draw(0), draw(64), draw(128) ... without end, in this order, made by `workers` processes."""
     starts = count(0, CHUNK)
     if workers == 1:
-        yield from map(draw, starts)
+        yield from map(draw, starts)  # it never ends: what follows is for several
     with ProcessPoolExecutor(workers, initializer=follow_parent) as pool:
         while True:  # in rounds, since `map` starts on all that it is given
             yield from pool.map(draw, islice(starts, 16 * workers))
@@ -1202,7 +1208,7 @@ def check_options(options):
 
 
 def is_tiny(args):
-    """Whether no size was asked for: then problems are as of the task's tiny model."""
+    """Whether neither --ops (igsm) nor --depth (promptbench) was given: then the tiny model's problems."""
     return (args.ops if args.task == "igsm" else args.depth) is None
 
 

@@ -535,7 +535,7 @@ def train(policy, reference, optimizer, source, held_out, limit, args, run):
             quiet = 0 if rollouts.uneven().any() else quiet + 1
             if quiet >= args.patience:
                 raise data.InputError(stuck(row, args, policy, rollouts.examples))
-            run.end_of_step(step, args.steps, args.save_every, optimizer,
+            run.end_of_step(step, step == args.steps, args.save_every, optimizer,
                             limit=limit, chosen=chosen, quiet=quiet, checked=checked)
 
 
@@ -624,7 +624,7 @@ PRESETS = {"tiny": dict(lr=2e-4, lr_decay=0.3, prompts=16, n=8, steps=120, max_n
 
 
 def add_flags(parser):
-    preset = sft.describe_presets(PRESETS)
+    usual = sft.describe_presets(PRESETS)
     add = parser.add_argument
     add("--ckpt", help="the SFT policy: .pt file, Hugging Face folder or name; default: sft.pt or tiny base")
     sft.add_run_flags(parser, out="grpo.pt")
@@ -635,19 +635,19 @@ def add_flags(parser):
     add("--filter", type=int, nargs=2, metavar=("LO", "HI"), help="only problems that the SFT policy answers "
         "rightly in LO ... HI of 8 rollouts, sampled before the first step (paper: 1 7)")
     add = parser.add_argument_group("rollouts").add_argument
-    add("--steps", type=data.positive_int, help=preset.steps)
-    add("--prompts", type=data.positive_int, help=f"problems a step; {preset.prompts}")
+    add("--steps", type=data.positive_int, help=usual.steps)
+    add("--prompts", type=data.positive_int, help=f"problems a step; {usual.prompts}")
     add("--n", type=data.number(int, 2, 2**31 - 1, "at least 2: a group of one has no advantage"),
-        help=f"rollouts a problem; {preset.n}")
-    add("--max-new-tokens", type=data.positive_int, help=preset.max_new_tokens)
+        help=f"rollouts a problem; {usual.n}")
+    add("--max-new-tokens", type=data.positive_int, help=usual.max_new_tokens)
     add("--temperature", type=data.number(float, 1e-3, math.inf, "a number of at least 0.001"), default=1.0)
     add("--format-reward", type=data.not_negative, default=0.0,
         help="added where the answer can be read, right or wrong (released code, Llama: 0.05)")
     add = parser.add_argument_group("loss").add_argument
-    add("--lr", type=data.positive, help=preset.lr)
+    add("--lr", type=data.positive, help=usual.lr)
     add("--lr-decay", type=data.share,
-        help=f"share of the steps, at the end, in which lr falls to 0; {preset.lr_decay}")
-    add("--beta", type=data.not_negative, help=f"KL coefficient, 0 keeps no reference policy; {preset.beta}")
+        help=f"share of the steps, at the end, in which lr falls to 0; {usual.lr_decay}")
+    add("--beta", type=data.not_negative, help=f"KL coefficient, 0 keeps no reference policy; {usual.beta}")
     add("--kl", choices=["k1", "k2", "k3"], default="k3", help="KL estimator")
     add("--max-kl", type=data.positive,
         help="drop rollouts whose mean KL to the reference is above (released code, Llama: 0.15)")

@@ -9,7 +9,8 @@ parameters of a Hugging Face model, so the sampler can never be stale.
 
 The sections: 1 policy and checkpoint, 2 prompt, 3 sampler, 4 accuracy, 5 log-prob and its Triton kernel,
 6 command. Reading takes about an hour; at first, skip reading and writing checkpoints (section 1), what
-makes CUDA graphs (`Size`, `run`, `capture`), the Triton kernels, and `limit_seconds`.
+makes CUDA graphs (`Size`, `run`, `capture`), the Triton kernels, `logits_logprobs`, and
+`limit_seconds`.
 
 Simplifications, against what an inference server does:
 1. One GPU, one process. The cache is one rectangle a row and one a prompt, each as long as the longest.
@@ -591,10 +592,11 @@ class Decoder:
     def step(self, size, temperature):
         """Feed each row its token and draw the next. No host sync inside, so that CUDA can capture it."""
         B, T, P, T_prompt, seats = size
+        # views: `own` shows what `attend` writes into self.kv, and the next step finds token and column here
         token, column, key, prompt, seat = self.state[:, :B]           # (B,) each
         row, start = self.range[:B], self.prompt_length[prompt]
-        hidden = torch.cat((self.range[:T_prompt] >= start[:, None], self.range[:T] > column[:, None]), -1)
-        bias = torch.zeros(hidden.shape, device=self.device).masked_fill(hidden, -math.inf)[:, None, None]
+        masked = torch.cat((self.range[:T_prompt] >= start[:, None], self.range[:T] > column[:, None]), -1)
+        bias = torch.zeros(masked.shape, device=self.device).masked_fill(masked, -math.inf)[:, None, None]
 
         own = self.kv[:, :, :B, :, :T].flatten(2, 3)                   # (layers, 2, B kv_heads, T, D)
         shared = self.prompt_kv[:, :, :P, :, :T_prompt].flatten(2, 3)  # (layers, 2, P kv_heads, T', D)
@@ -751,6 +753,7 @@ def round_up(x, step):
 
 
 def power_of_2(x):
+    """The smallest power of 2 that is at least x."""
     return 2 ** (x - 1).bit_length()
 
 
@@ -838,7 +841,7 @@ def check_request(policy, prompts, n, max_new_tokens):
                          f"model's context of {room}; lower --max-new-tokens to {room - longest}")
 
 
-def prefill(engine, waiting, cached, ready, free):
+def admit(engine, waiting, cached, ready, free):
     """Bring waiting prompts into the cache, several at once, until the `free` places have a row each. (There
     are more slots of prompts than live rows need, so one is always free.)"""
     while waiting and len(ready) < free:
@@ -899,9 +902,11 @@ def generate(policy, prompts, n=1, max_new_tokens=512, temperature=1.0, seed=0, 
     eos = policy.eos_ids
 
     waiting = deque(sorted(groups, key=lambda group: -len(group.prompt)))  # long ones first: a short tail
-    cached, ready, rows = [], deque(), []  # prompts in the cache, rows of theirs without and with a slot
+    cached = []      # groups whose prompt is in the cache
+    ready = deque()  # their rows that wait for a slot
+    rows = []        # the live rows: rows[i] sits in slot i
     while waiting or ready or rows:
-        prefill(engine, waiting, cached, ready, limit - len(rows))
+        admit(engine, waiting, cached, ready, limit - len(rows))
         while ready and len(rows) < limit:
             enter(rows, ready.popleft())
         for tokens, logprobs in zip(*engine.run(rows, temperature)):
@@ -1019,7 +1024,8 @@ def logits_logprobs(logits, targets, *, temperature=1.0, backend="auto", overwri
     logits (..., V) any float dtype; targets (...) int64, -100 = masked. Returns logprob, entropy: fp32 in
     nats, shape of targets, differentiable in logits with an own upstream gradient per token. overwrite=True
     lets the backward pass write the gradient over the logits: half the memory, and the logits are lost.
-    Raises ValueError for an unknown backend."""
+    Raises ValueError for an unknown backend. No chapter calls it: trainers that hold their logits can, and so
+    the tests reach the kernel."""
     backend = _pick_backend(backend, logits)
     if logits.stride(-1) != 1:
         logits = logits.contiguous()                         # the kernels want a row's logits side by side

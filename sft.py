@@ -25,6 +25,7 @@ Where we depart from the paper:
 """
 import csv, functools, glob, itertools, json, math, os, re, shutil, signal, sys, time, zlib
 from collections import Counter
+from dataclasses import replace
 from random import Random
 from types import SimpleNamespace
 
@@ -267,8 +268,8 @@ def set_aside(path):
 class Run:
     """The saved state of a run, OUT.state.pt: its last saved step, the flags of its start, the optimizer with
     the weights, and what the loop adds. The file is replaced whole or not at all: a kill -9, in a save too,
-    costs the steps since the save before. No generator's state is in it: what a step draws follows from the
-    flags and the step's number."""
+    costs the steps since the save before. No random generator's state is in it: what a step draws follows
+    from the flags and the step's number."""
 
     def __init__(self, out, resume):
         """Before anything is computed: an unfinished run is not overwritten, a finished one not resumed."""
@@ -311,10 +312,12 @@ class Run:
     def end_of_step(self, step, last, every, optimizer, **more):
         """Save where it is due; save and stop where Ctrl-C asked for it. After the last step there is nothing
         to go on with: the caller writes the result and calls `finish`."""
-        if step < last and (self.ctrl_c.asked or step % every == 0):
+        if last:
+            return
+        if self.ctrl_c.asked or step % every == 0:
             self.save(step, optimizer, **more)
-        if step < last and self.ctrl_c.asked:
-            print(f"\nstopped after step {step} of {last}, saved in {self.path}: "
+        if self.ctrl_c.asked:
+            print(f"\nstopped after step {step}, saved in {self.path}: "
                   "the same command with --resume goes on", file=sys.stderr)
             raise SystemExit(130)
 
@@ -342,7 +345,7 @@ def add_run_flags(parser, out):
 
 
 def describe_presets(presets):
-    """For --help, what a flag is where it is not given: .lr says "default: 0.001 for a tiny model, ..."."""
+    """--help's words on flags that have a preset: .lr is "default: 0.0005 for a tiny model, else 5e-06"."""
     own = {flag: f" (promptbench: {value:g})" for flag, value in presets["tiny, promptbench"].items()}
     return SimpleNamespace(**{
         flag: f"default: {tiny:g}{own.get(flag, '')} for a tiny model, else {presets['paper'][flag]:g}"
@@ -447,7 +450,7 @@ def train(policy, examples, args, run, log):
             speed = sum(len(prompt) + len(response) for prompt, response in batch) / (time.time() - start)
             progress.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s")
             log.row(step=step, loss=loss, tokens_per_s=speed, lr=args.lr)
-            run.end_of_step(step, len(batches), args.save_every, optimizer)
+            run.end_of_step(step, step == len(batches), args.save_every, optimizer)
     return loss
 
 
@@ -835,8 +838,9 @@ def pretrain(policy, args, run):
                        tokens_per_s=(seen - before) / (time.time() - start), **exam.take(seed=pool))
             log.row(**row)
             tqdm.write(", ".join(f"{name} {row[name]:.3g}" for name in columns))
-            sample.save_policy(args.out, policy, vars(args) | row, dtype=torch.bfloat16)
-        run.end_of_step(pool, pool + (not last), args.save_every, optimizer, seen=seen, updates=updates)
+            if last or os.path.exists(run.path):  # OUT without a saved state would pass for finished
+                sample.save_policy(args.out, policy, vars(args) | row, dtype=torch.bfloat16)
+        run.end_of_step(pool, last, args.save_every, optimizer, seen=seen, updates=updates)
 
 # ----------------------------------------------------------------- 8. Hand-over: what TRL and verl start from
 def hand_over(folder, policy, files):
@@ -871,7 +875,7 @@ def trl_settings(policy, args, file, batch, longest, **more):
 def hand_over_sft(policy, problems, args):
     """--hand-over: the examples as token ids with labels (for TRL; no template can come between) and, where
     pyarrow is installed, as messages (for verl)."""
-    examples = load_examples(policy, problems, math.inf)
+    examples = load_examples(policy, problems, math.inf)  # all: verl needs the text of those that are kept
     kept = [(problem, prompt, response) for problem, (prompt, response) in zip(problems, examples)
             if len(prompt) + len(response) <= args.max_length]
     rows = [{"input_ids": prompt + response, "labels": [sample.IGNORE] * len(prompt) + response}
@@ -898,7 +902,7 @@ PRESETS = {"tiny": dict(lr=5e-4, batch=32, epochs=1, p=0.3),  # ours, for a mode
 
 
 def add_flags(parser):
-    add, preset = parser.add_argument, describe_presets(PRESETS)
+    add, usual = parser.add_argument, describe_presets(PRESETS)
     add("--model", default="tiny",
         help="tiny (the task's base), scratch (pretrain one), a .pt file, a Hugging Face folder, a name")
     add("--data", help="JSONL with responses; default: --n fresh problems with --method's answers")
@@ -909,11 +913,11 @@ def add_flags(parser):
     add("--n", type=data.positive_int, default=2000, help="how many")
     add("--method", choices=["vanilla", "bridge", "pp-aug", "rc-aug"], default="bridge", help="their answers")
     add("--behaviors", nargs="*", choices=inject.BEHAVIORS, default=inject.BEHAVIORS)
-    add("--p", type=data.share, help=f"injection probability of analysis and reflection; {preset.p}")
+    add("--p", type=data.share, help=f"injection probability of analysis and reflection; {usual.p}")
     add = parser.add_argument_group("fine-tuning").add_argument
-    add("--lr", type=data.positive, help=preset.lr)
-    add("--batch", type=data.positive_int, help=f"examples a step; {preset.batch}")
-    add("--epochs", type=data.positive_int, help=preset.epochs)
+    add("--lr", type=data.positive, help=usual.lr)
+    add("--batch", type=data.positive_int, help=f"examples a step; {usual.batch}")
+    add("--epochs", type=data.positive_int, help=usual.epochs)
     add("--max-length", type=data.positive_int, default=2048, help="longer examples are left out, tokens")
     add = parser.add_argument_group("pretraining (--model scratch)").add_argument
     add("--tokens", type=data.positive, default=32e6)
@@ -934,14 +938,15 @@ def check(args, parser, start):
         parser.refuse(args, ("behaviors", "p"), f"with --method {args.method}")
     if args.model != "scratch":
         parser.refuse(args, ("tokens", "skills", "start", "width", "layers", "heads"),
-               "without --model scratch")
+                      "without --model scratch")
 
 
 def run_pretraining(args, parser):
     """--model scratch: section 7."""
     parser.refuse(args, ("data", "ops", "size", "depth", "redundancy", "names", "tidy", "max_value",
-                          "method", "behaviors", "p", "n", "batch", "epochs", "gradient_checkpointing",
-                          "export", "hand_over"), "with --model scratch")
+                         "max_answer", "method", "behaviors", "p", "n", "batch", "epochs", "max_length",
+                         "weight_decay", "gradient_checkpointing", "export", "hand_over"),
+                  "with --model scratch")
     if args.width % (2 * args.heads):
         raise data.InputError("--width must be divisible by twice --heads")
     args.lr = args.lr or 1e-3
@@ -966,8 +971,7 @@ def answered_problems(args, options):
     problems = []
     for problem in itertools.islice(data.generate(seed=args.seed, **options), args.n):
         copies = inject.augment(problem, args.method, args.behaviors, args.p, seed=args.seed)
-        problems += [data.Problem(question, problem.answer, problem.target, problem.nodes, response)
-                     for question, response in copies]
+        problems += [replace(problem, question=question, response=response) for question, response in copies]
     return problems
 
 

@@ -190,6 +190,18 @@ def test_letters_may_run_out():
     assert len(set(few)) == len(few)
 
 
+def test_a_tree_of_more_nodes_than_letters():
+    """Bug: PromptBench's steps, which have no letters, asked whether they stand in iGSM's order of letters: a tree of over 52
+    nodes was a KeyError."""
+    sizes = []
+    for problem in islice(data.generate("promptbench", depth=7, redundancy=(0, 0), max_answer=10**12), 3):
+        sizes.append(len(problem.nodes))
+        for method in ("bridge", "rc-aug"):
+            for _, response in inject.augment(problem, method, p=.3):
+                assert data.check_trace(problem, response).ok
+    assert max(sizes) > 52
+
+
 def test_knows_no_grammar():
     """A word of either task's texts in inject.py: the behaviors are defined on the graph."""
     code = Path(inject.__file__).read_text().partition('"""\nfrom')[2]

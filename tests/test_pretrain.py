@@ -229,3 +229,33 @@ def test_a_killed_run_goes_on(script, tmp_path, monkeypatch):
     untimed = lambda name: [re.sub(r"^((?:[^,]*,){3})[^,]*", r"\1", line) for line in (tmp_path / name).read_text().split()]
     assert untimed("whole.csv") == untimed("killed.csv") and len(untimed("whole.csv")) == 3
     assert not (tmp_path / "killed.state.pt").exists()
+
+
+def test_killed_before_its_first_saved_state(script, tmp_path, monkeypatch):
+    """Bug: a base written before there was a state to go on with: --resume took what a kill had cut short for finished."""
+    flags = ["--model", "scratch", "--width", 32, "--layers", 1, "--heads", 1, "--tokens", 40_000, "--micro-tokens", 4096,
+             "--save-every", 100, "--out", "cut.pt"]
+    monkeypatch.setattr(sft.Exam, "rollouts", lambda exam, seed: 0.0)
+    monkeypatch.setattr(sft, "EXAM_EVERY", 1)
+
+    class Killed(Exception):
+        pass
+
+    def killed(run, step, *args, **more):
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sft.Run, "end_of_step", killed)
+        with pytest.raises(Killed):
+            script("sft.py", *flags)
+    again = script("sft.py", *flags, "--resume")
+    assert again.returncode == 0 and "finished: nothing to resume" not in again.stdout
+    rows = (tmp_path / "cut.csv").read_text().split()
+    assert [row.split(",")[0] for row in rows] == ["pool", "1", "2"]
+
+
+@pytest.mark.parametrize("flag", [["--max-answer", 7], ["--max-length", 64], ["--weight-decay", 0.5], ["--n", 5]])
+def test_what_pretraining_does_not_read_is_refused(flag, script):
+    """Bug: a flag of fine-tuning that pretraining drops in silence."""
+    refused = script("sft.py", "--model", "scratch", "--tokens", 1, *flag)
+    assert refused.returncode == 2 and f"{flag[0]} has no effect with --model scratch" in refused.stderr
