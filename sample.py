@@ -954,7 +954,8 @@ IGNORE = -100  # a target with this value, PyTorch's own, is masked: log-prob 0,
 def rows_forward(x, targets, scale):
     """x (N, V) logits, targets (N,), scale = 1 / temperature -> stats (N, 4) fp32. Specifies the kernel.
 
-    In place from the second line on: on a CPU fresh memory for each term takes longer than its arithmetic."""
+    x is left as it is. The scaled copy is worked on in place: on a CPU fresh memory for each term takes
+    longer than its arithmetic."""
     x = x.float() * scale
     m = x.amax(-1, keepdim=True)                             # (N, 1), like all sums below
     x -= m

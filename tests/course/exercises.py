@@ -39,11 +39,11 @@ class Exercise:
 
 
 def error_of(function, *arguments):
-    """The name of the exception that a call raises, "" if none."""
+    """The kind of exception that a call raises, under Python's own name for it, "" if none."""
     try:
         function(*arguments)
     except Exception as error:
-        return type(error).__name__
+        return next(kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "builtins")
     return ""
 
 
@@ -81,7 +81,8 @@ def check_graph(data, seed):
     for i in range(1, 9):
         squares[f"x{i}"] = data.Node(f"x{i}", (f"x{i - 1}", "*", f"x{i - 1}"), "")
     wide = {"w": data.Node("w", (1,) + ("+", 1) * 200, "")}
-    out["error"] = [error_of(data.read_values, nodes, "line 1") for nodes in (circle, squares, wide)]
+    many = {f"x{i}": data.Node(f"x{i}", (1,), "") for i in range(401)}
+    out["error"] = [error_of(data.read_values, nodes, "line 1") for nodes in (circle, squares, wide, many)]
     return out
 
 
@@ -100,8 +101,11 @@ def check_answer(data, seed):
              f"{think}<answer>\\boxed{{{n}.0}}</answer>", f"{think}<answer>\\boxed{{+{n}}}</answer>",
              f"{think}<answer>\\boxed{{{arabic}}}</answer>", f"{think}<answer>\\boxed{{ {n}}}</answer>",
              f"<think>\n<think>x</think><answer>{box}</answer>", f"{think}</think><answer>{box}</answer>",
-             f"{think}<answer>\\boxed{{9**9**9}}</answer>", "", "</think>", f"{think}<answer>\\boxed{{{n}"]
-    return {f"read_answer({text!r})": str(data.read_answer(text)) for text in texts}
+             f"{think}<answer>\\boxed{{9**9**9}}</answer>", "", "</think>", f"{think}<answer>\\boxed{{{n}",
+             f"{think}{box}<answer>{box}</answer>", f"{think}so <answer>{box}</answer>",
+             f"<think><answer>x</think><answer>{box}</answer>",
+             f"{think}<answer>\\boxed{{{'1' * 101}}}</answer>"]
+    return {f"read_answer({text!r})": data.read_answer(text) for text in texts}
 
 
 def check_chain(data, seed):
@@ -215,9 +219,14 @@ def check_accumulation(sft, seed):
     rng, out = Random(seed), {}
     policy = sharp_policy(sft, seed)
     batch = [(random_tokens(rng, 1000, 2, 20), random_tokens(rng, 1000, 1, 30) + [1]) for _ in range(7)]
+    sizes, longest = [], max(len(prompt) + len(response) for prompt, response in batch)
+    policy.model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: sizes.append(kwargs.get("input_ids", *args).numel()), with_kwargs=True)
     for micro_tokens in (1, 64, 100_000):
         policy.model.zero_grad()
+        sizes.clear()
         out[f"loss, {micro_tokens} tokens at a time"] = sft.add_gradient(policy, batch, micro_tokens)
+        out[f"at most {micro_tokens} tokens, or one example"] = max(sizes) <= max(micro_tokens, longest)
         grads = [p.grad.flatten()[:200] for p in policy.model.parameters() if p.grad is not None]
         out[f"gradient, {micro_tokens} tokens at a time"] = torch.cat(grads or [torch.zeros(0)])[::7]
     sft.add_gradient(policy, batch[:3], 64)
@@ -332,6 +341,8 @@ def compare_runs(name, a, b, questions):
     """A check of two logs: what answers.json says beside what the logs say, and the figure."""
     def check(folder):
         logs = [read_log(folder, name) for name in (a, b)]
+        if logs[0]["grad_norm"] == logs[1]["grad_norm"]:
+            raise ValueError(f"{a} and {b} are the same log")
         given = json.loads((folder / "answers.json").read_text()).get(name, {})
         expected = {question: answer(*logs) for question, answer in questions.items()}
         yours = {question: given.get(question) for question in questions}
@@ -397,12 +408,13 @@ EXERCISES = [
         check=check_chain),
     Exercise(
         "A reward that cannot be gamed", "data", ("read_answer",), points=6, hours=1.5,
-        formula="The integer of the one \\boxed{...}, ASCII digits with an optional minus, inside the one "
-                "<answer>...</answer> that follows the one </think> and ends the text; else None. No "
-                "<answer>, \\boxed or second <think> before </think>; the first <think> may be missing. A "
-                "number has at most 100 digits. Source: deviation 3 in README.",
+        formula="The integer of the one `\\boxed{...}`, ASCII digits with an optional minus, inside the one "
+                "`<answer>...</answer>` that follows the one `</think>` directly and ends the text (white "
+                "space aside); else None. No `<answer>`, `\\boxed` or second `<think>` before `</think>`; "
+                "the first `<think>` may be missing. A number has at most 100 digits. Source: deviation 3 in "
+                "README.",
         read="data.py, section 8",
-        hint="Cut at the first </think>; then say what either part must not hold.",
+        hint="Cut at the first `</think>`; then say what either part must not hold.",
         check=check_answer),
     Exercise(
         "Locked nodes and reflection", "inject", ("locked_nodes", "reflect"), points=5, hours=1.0,
@@ -416,8 +428,9 @@ EXERCISES = [
         formula="P(ends[v-1] <= point < ends[v]) = p_v with ends = cumsum(floor(2^40 p)); p = softmax(x / "
                 "temperature). Source: the comment above `draw`.",
         read="sample.py, section 3, to `draw`",
-        hint="Two draws of 22 bits are hash_of(key, 2 position + {0, 1}) >> 10: the point is the share high"
-             " / 2^22 + low / 2^44 of the line, rounded down, in whole numbers below 2^63.",
+        hint="Two draws of 22 bits are hash_of(key, 2 position + {0, 1}) >> 10: number 2 position gives "
+             "high, 2 position + 1 low, and the point is the share high / 2^22 + low / 2^44 of the line, "
+             "whose length is ends[-1], rounded down, in whole numbers below 2^63.",
         check=check_draw),
     Exercise(
         "One decode step over a KV cache", "sample", ("Decoder.step",), points=7, hours=3.0,
@@ -452,14 +465,15 @@ EXERCISES = [
         "The prompt's mask in SFT", "sft", ("collate",), points=5, hours=1.0,
         formula="targets[b, t] = token t + 1 where that belongs to the response, else -100.",
         read="sft.py, top and section 1",
-        hint="Decide by lengths, never by token values.",
+        hint="Decide by lengths, never by token values. The last token of an example is no input: T is the "
+             "length of the longest example less 1.",
         check=check_collate),
     Exercise(
         "Micro-batches that add up exactly", "sft", ("add_gradient",), points=6, hours=1.0,
         formula="loss = -sum over the batch of log pi / answer tokens of the batch, whatever the "
                 "micro-batches.",
         read="sft.py, `micro_batches`",
-        hint="Which denominator is the same for all parts?",
+        hint="Which denominator is the same for all parts? `micro_batches` says which rows a part has.",
         check=check_accumulation),
     Exercise(
         "Advantages of a group", "grpo", ("group_advantages",), points=5, hours=0.5,
@@ -482,7 +496,8 @@ EXERCISES = [
         formula="The docstring's; sequence, token or constant. Source: Shao et al. 2024, eq. 3; Yu et al. "
                 "2025 (DAPO), arXiv 2503.14476, eq. 8; Liu et al. 2025.",
         read="grpo.py, top and section 1",
-        hint="What lies behind the mask may be NaN, and NaN * 0 is NaN.",
+        hint="What lies behind the mask may be NaN, and NaN * 0 is NaN. `constant` without denom divides by "
+             "B T.",
         check=check_loss),
     Exercise(
         "Wilson's interval and a paired test", "eval", ("wilson", "mcnemar"), points=4, hours=1.0,
@@ -496,27 +511,34 @@ EXERCISES = [
         formula="dJ(q) = sqrt(alpha (1 - alpha)) (mean of <grad log pi(o+|q), G> - mean of <grad log "
                 "pi(o-|q), G>), G = mean over all queries and rollouts of A grad log pi. Source: BRIDGE, "
                 "Proposition 3.1 and appendix B.7.",
-        read='README, "The method in one page"; grpo.py, sections 1 and 3',
+        read='README, "The method in one page"; eval.py, section 3; grpo.py, sections 1 and 3',
         hint="An inner product with a mean is a mean of inner products, so no pair is formed. A query's own"
              " rollouts are a part of G, with the weight 1 / Q: leave_one_out takes them out.",
         check=check_influence, tolerance=0.01),
     Exercise(
         "Experiment: advantages without std", "", ("std",), points=5, hours=1.0,
-        formula="std.csv and no-std.csv, both from `python sft.py --n 500`: `python grpo.py --ckpt sft.pt "
-                "--steps 24 --prompts 6 --eval-every 0 --out std.pt`, and with --no-std --out no-std.pt.",
+        formula="std.csv and no-std.csv, of two runs from one SFT policy:\n\n"
+                "    python sft.py --n 500\n"
+                "    python grpo.py --ckpt sft.pt --steps 24 --prompts 6 --eval-every 0 --out std.pt\n"
+                "    python grpo.py --ckpt sft.pt --steps 24 --prompts 6 --eval-every 0 --no-std "
+                "--out no-std.pt",
         read="grpo.py, `group_advantages`",
         hint="Which groups weigh more with std, and what would that do to lr?",
         check=compare_runs("std", "std.csv", "no-std.csv", STD)),
     Exercise(
         "Experiment: the clip, with two epochs", "", ("clip",), points=5, hours=1.0,
-        formula="std.csv (one epoch, as above) and epochs-2.csv: the same with --epochs 2.",
+        formula="std.csv (one epoch, as above) and epochs-2.csv:\n\n"
+                "    python grpo.py --ckpt sft.pt --steps 24 --prompts 6 --eval-every 0 --epochs 2 "
+                "--out epochs-2.pt",
         read="grpo.py, departure 1, `update`",
         hint="Why is the first exactly 0?",
         check=compare_runs("clip", "std.csv", "epochs-2.csv", CLIP)),
     Exercise(
         "Experiment: behaviors on and off, at equal questions", "", ("behaviors",), points=5, hours=1.5,
-        formula="std.csv (bridge) and vanilla.csv: the same from `python sft.py --n 500 --method vanilla "
-                "--out vanilla-sft.pt`.",
+        formula="std.csv (bridge, as above) and vanilla.csv:\n\n"
+                "    python sft.py --n 500 --method vanilla --out vanilla-sft.pt\n"
+                "    python grpo.py --ckpt vanilla-sft.pt --steps 24 --prompts 6 --eval-every 0 "
+                "--out vanilla.pt",
         read='README, "Does BRIDGE help at this size?"',
         hint="Gain: mean of the last 10 steps less that of the first 10. One seed proves nothing: say what "
              "would.",

@@ -88,8 +88,12 @@ def readable(text, names):
 def helpers(tree, reference, function, owner):
     """What a function uses that only its own file defines, as (scope, statement), in the file's order."""
     known = {(scope, name) for scope, s in scopes(reference) for name in bound(s)}
-    there = [(scope, s) for scope, s in scopes(tree) if not isinstance(s, (ast.If, ast.Expr))
-             and scope in ("", owner) and known.isdisjoint((scope, name) for name in bound(s))]
+
+    def new(scope, s):  # an import may bring old names beside a new one
+        there = [(scope, name) in known for name in bound(s)]
+        return not (all(there) if isinstance(s, (ast.Import, ast.ImportFrom)) else any(there))
+    there = [(scope, s) for scope, s in scopes(tree)
+             if not isinstance(s, (ast.If, ast.Expr)) and scope in ("", owner) and new(scope, s)]
     wanted, waiting = [], [function]
     while waiting:
         nodes = list(ast.walk(waiting.pop()))
@@ -255,6 +259,7 @@ def run(exercise, folder, seed, seconds=10, gigabytes=2):
     if pid == 0:
         os.close(reader)
         try:
+            parse.cache_clear()  # the reference chapters lie in it
             if "_kernel" in exercise.names[0]:
                 interpret_triton()
             restrict(user, writer, seconds, gigabytes)
@@ -343,8 +348,10 @@ def collect(exercise, submission, whole):
         return {name: submitted(submission, submission / name) for name in names}
     texts = {name: read(ROOT / name) for name in names}
     if submission:
-        theirs = submitted(submission, submission / own).decode(errors="replace")
-        texts[own] = paste(texts[own], theirs, exercise.names)
+        theirs = submitted(submission, submission / own).decode("utf-8-sig", errors="replace")
+        texts[own] = paste(texts[own], theirs.replace("\r\n", "\n"), exercise.names)
+        for name in exercise.hides:  # what is asked for must not be called
+            texts[own] = paste(texts[own], f"def {name}(): raise NotImplementedError\n", [name])
     return {name: text.encode() for name, text in texts.items()}
 
 
@@ -368,7 +375,7 @@ def run_in_sandbox(exercise, number, submission, seed, whole, limits, cache):
 
 
 class Ungradable(Exception):
-    """An exercise whose reference does not run on this machine."""
+    """An exercise that is not there, or whose reference does not run on this machine."""
 
 
 def reference_values(exercise, number, seed, cache):
@@ -385,6 +392,10 @@ def grade(submission, seed, limits=(10, 2), chosen=None, cache=None):
     cache, known = {} if cache is None else cache, HERE / "expected.json"
     known = json.loads(known.read_text()) if known.exists() else {}
     seed, chosen = known.get("seed", seed), chosen or known.get("exercises")
+    there = set(known.get("exercises", range(1, len(EXERCISES) + 1)))
+    if missing := sorted(set(chosen or ()) - there):
+        raise Ungradable(f"--exercises {missing[0]}: not in this copy, which holds "
+                         + ", ".join(map(str, sorted(there))))
     numbered = [(k, exercise) for k, exercise in enumerate(EXERCISES, 1) if not chosen or k in chosen]
     results = [run_in_sandbox(exercise, k, submission, seed, bool(known), limits, cache)
                for k, exercise in numbered]

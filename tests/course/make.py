@@ -46,9 +46,10 @@ def describe(number, exercise):
     if exercise.chapter:
         where = f"`{exercise.chapter}.py`: {', '.join(f'`{name}`' for name in exercise.names)}"
     worth = f"{exercise.points} points, about {exercise.hours:g} h"
-    parts = [f"## {number}. {exercise.title}", f"{where}. {worth}. Read: {exercise.read}.", exercise.formula,
-             f"*Hint.* {exercise.hint}"]
-    return "\n\n".join(textwrap.fill(part, 110, break_long_words=False) for part in parts) + "\n"
+    parts = [f"## {number}. {exercise.title}", f"{where}. {worth}. Read: {exercise.read}.",
+             *exercise.formula.split("\n\n"), f"*Hint.* {exercise.hint}"]
+    fill = textwrap.TextWrapper(110, break_long_words=False, break_on_hyphens=False).fill
+    return "\n\n".join(part if part.startswith("    ") else fill(part) for part in parts) + "\n"
 
 
 INTRODUCTION = """# Exercises
@@ -58,10 +59,18 @@ NotImplementedError until you write it. Check yourself:
 
     python tests/course/grade.py .
 
-Your instructor grades with other inputs, and each exercise with right versions of all others. You may write
-helper functions and imports beside yours. An experiment wants the two logs (copy grpo.py's .csv), a figure
-(`python eval.py --curves a.csv b.csv --plot FILE.png`) and, in `answers.json`, the numbers and why they are
-so. It needs the exercises before it, or your instructor's chapters.
+One exercise: `--exercises 11`. (On Windows use WSL.) The grader shows neither prints nor line numbers: try a
+function in `python` first. Each exercise has 10 seconds and 2 GB.
+
+Your instructor grades with other inputs, and each exercise with right versions of all others. Only the
+functions named here count, with new helpers and imports in the same file. Leave arguments as they are unless
+a docstring says otherwise. Hand in a zip of what this folder holds.
+
+An experiment needs all exercises before it, or your instructor's chapters, and `pip install matplotlib`. Copy
+grpo.py's .csv files into `tests/course/experiments/` under the names given, draw the figure (`python eval.py
+--curves a.csv b.csv --plot FILE.png`) and fill in `answers.json`: means over all steps where nothing else is
+said, a ratio is one mean over the other, shares and not percent, six digits, the two first rewards as a list
+[a, b], "higher" as "std" or "no-std", "one" or "two"; and `why`, in 15 words or more.
 
 """
 
@@ -69,6 +78,9 @@ so. It needs the exercises before it, or your instructor's chapters.
 def make(out, chosen):
     """Write the students' copy into a new folder; chosen: numbers of exercises."""
     numbered = [(k, EXERCISES[k - 1]) for k in chosen]
+    grade.preload()
+    values = {str(k): grade.reference_values(exercise, k, 0, {})
+              for k, exercise in numbered if exercise.chapter}  # before the folder is begun: it may fail
     course = out / "tests/course"
     (course / "experiments").mkdir(parents=True)
     (out / "results/tiny").mkdir(parents=True)
@@ -92,9 +104,6 @@ def make(out, chosen):
     questions = {exercise.names[0]: dict.fromkeys(exercise.questions) | {"why": ""}
                  for _, exercise in numbered if not exercise.chapter}
     (course / "experiments/answers.json").write_text(json.dumps(questions, indent=1))
-    grade.preload()
-    values = {str(k): grade.reference_values(exercise, k, 0, {})
-              for k, exercise in numbered if exercise.chapter}
     (course / "expected.json").write_text(json.dumps({"seed": 0, "exercises": chosen, "values": values}))
 
 

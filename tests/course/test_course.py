@@ -138,7 +138,9 @@ def test_every_wrong_version_loses_its_points_and_no_others(k, exercise, tmp_pat
     for why, body in wrong:
         text = edit(exercise, body)
         assert text != REFERENCE[exercise.chapter], why
-        if points(submit(tmp_path / "submission", **{exercise.chapter: text})) != POINTS | {k: 0}:
+        rows = grade.grade(submit(tmp_path / "submission", **{exercise.chapter: text}), SEED, cache=CACHE)
+        assert "NameError" not in rows[k - 1][3], why  # it would lose its points for nothing
+        if {number: earned for number, _, earned, _ in rows} != POINTS | {k: 0}:
             passed.append(why)
     assert not passed
 
@@ -224,14 +226,32 @@ def test_a_link_is_no_submission(students, tmp_path):
 def test_helpers_and_imports_of_a_submission_come_along():
     """Bug: a right solution that loses its points because it is written as two functions."""
     counted = "    gained, lost = _count(before, after)\n    n = "
-    theirs = "from fractions import Fraction\n" + REFERENCE["eval"]
+    theirs = "from fractions import Fraction\nfrom collections import Counter, deque\n" + REFERENCE["eval"]
     theirs = re.sub(r"    gained = .*?\n    n = ", counted, theirs, count=1, flags=re.S)
     theirs += "\n\ndef _count(before, after):\n    return _one(before, after), _one(after, before)\n"
-    theirs += "\n\ndef _one(a, b):\n    return sum(Fraction(x < y) for x, y in zip(a, b))\n"
+    theirs += "\n\ndef _one(a, b):\n    return sum(Fraction(x < y) for x, y in deque(zip(a, b)))\n"
     text = grade.paste(REFERENCE["eval"], theirs, ["mcnemar"])
     names = {name for _, statement in grade.scopes(grade.parse(text)) for name in grade.bound(statement)}
-    assert {"_count", "_one", "Fraction"} <= names and "__main__" in text
+    assert {"_count", "_one", "Fraction", "deque"} <= names and "__main__" in text
     assert text.index("def _count") < text.index("def mcnemar")
+
+
+def test_a_file_as_windows_writes_it(tmp_path):
+    """Bug: line ends of two characters, or a mark at a file's start, that cost a right solution its points."""
+    folder = submit(tmp_path / "submission")
+    for name in ("data.py", "sample.py"):
+        (folder / name).write_bytes(b"\xef\xbb\xbf" + (folder / name).read_bytes().replace(b"\n", b"\r\n"))
+    assert points(folder) == POINTS
+
+
+def test_a_child_does_not_hold_the_solutions(tmp_path):
+    """Bug: the reference chapters' trees in the memory of the process that runs a submission."""
+    text = REFERENCE["grpo"].replace("    centred = rewards", """    import ast, gc
+    found = [x for x in gc.get_objects() if isinstance(x, ast.FunctionDef) and x.name == "kl_estimate"]
+    raise RuntimeError(f"{len(found)} found")
+    centred = rewards""", 1)
+    (_, _, _, wrong), = grade.grade(submit(tmp_path / "submission", grpo=text), SEED, chosen=[11])
+    assert "RuntimeError: 0 found" in wrong
 
 
 def test_experiments_are_graded_by_their_logs(tmp_path):
@@ -295,7 +315,7 @@ def test_formats_are_those_that_gradescope_and_classroom_publish(tmp_path):
 
 
 @pytest.mark.parametrize("command", ["make.py .", "make.py no/such/place", "grade.py no/such/place",
-                                     "make.py new --exercises 99"])
+                                     "make.py new --exercises 99", f"grade.py {grade.ROOT} --exercises 99"])
 def test_bad_input_is_one_sentence(command, tmp_path):
     """Bug: a traceback where a folder is missing or in the way."""
     name, *arguments = command.split()
