@@ -814,7 +814,8 @@ class Report:
     redundant: int = 0  # steps that the answer does not need
     locked: int = 0     # lines that begin on a locked quantity; without a fault, as many as reflections
     equations: int = 0  # of steps on ready quantities; without a fault, as many as steps
-    analysed: int = 0   # those steps that an analysis precedes; without a fault, as many as analyses
+    restated: int = 0   # those equations that an analysis precedes
+    analysed: int = 0   # those steps that an analysis precedes; without a fault, as many as restated
 
     @property
     def ok(self):
@@ -939,6 +940,7 @@ def check_trace(problem, response, subgoal=False):
                 continue
             node, last = problem.nodes[step.node], step.node
             report.equations += 1
+            report.restated += bool(step.analysis)
             values[last], subgoals = check_equation(node, step.equation, letters, values, task, subgoal)
             report.steps += 1
             report.analysed += bool(step.analysis)

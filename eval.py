@@ -137,13 +137,15 @@ def reliability(reports):
         return sum(getattr(r, name) for r in reports)
 
     wrong = [r for r in reports if r.error]
-    # every locked start counts in `locked`, the faulty last one too: equal, the fault was on a ready one
+    # check_line counts a locked start before it can fail: wrong names leave locked = reflections + 1, a
+    # reflection on a ready quantity leaves the two equal
     false = sum(r.error.behavior == "reflection" and r.locked == r.reflections for r in wrong)
     other_premise = sum(r.error.behavior == "analysis" for r in wrong)
     miscounted = sum(r.error.kind == "arithmetic" for r in wrong)
-    steps, analyses, analysed, equations = map(total, ("steps", "analyses", "analysed", "equations"))
+    steps, analysed, equations, restated = map(total, ("steps", "analysed", "equations", "restated"))
+    analyses = total("analyses")  # those on a reflection's line too, where the released code puts some
     return {"locked": [total("reflections"), total("locked")], "ready": [equations, equations + false],
-            "analysed": [analysed, analyses], "not_analysed": [steps - analysed, equations - analyses],
+            "analysed": [analysed, restated], "not_analysed": [steps - analysed, equations - restated],
             "arithmetic": [steps, steps + miscounted], "premises": [analyses, analyses + other_premise]}
 
 
@@ -333,7 +335,7 @@ def measure_entropy(policy, problems, rollouts, seed, micro_tokens):
 # ------------------------------------------------------------------------------------------------- 4. Figures
 def run_of(name):
     """The run that a file belongs to, without its seed: "logs/bridge-rl-3.csv" -> "bridge-rl"."""
-    return re.sub(r"-\d+$", "", os.path.splitext(os.path.basename(name))[0])
+    return re.sub(r"(-\d+)?(\.(pt|csv|jsonl))?$", "", os.path.basename(name), count=1)
 
 
 def by_run(pairs):
@@ -511,13 +513,16 @@ def draw_intervals(axis, rows, names):
 
 # ----------------------------------------------------------- 5. Many seeds: results.csv, and the report on it
 KEY = ("task", "method", "seed", "stage", "split", "ops")  # names a row; ops: operations, promptbench: depth
-# process: empty where no steps were checked; p: of injection, empty where nothing was or nobody knows;
-# commit: of the scripts that evaluated
 # behaviors in all n answers, up to the first fault of each, those that did their work; and first faults
 COUNTS = ("reflections", "analyses", "subgoals", "locked", "false_reflections", "order", "retrieval",
           "arithmetic", "format", "answer")
+# process: empty where no steps were checked; p: of injection, empty where nothing was or nobody knows;
+# commit: of the scripts that evaluated
 COLUMNS = (*KEY, "n", "correct", "process", "p", *COUNTS, "commit")
 SFT_N = 2000  # sft.py's --n if nobody says otherwise
+RL_FLAGS = ("steps", "beta", "prompts", "n", "max_new_tokens", "temperature", "format_reward", "lr",
+            "lr_decay", "kl", "max_kl", "clip", "clip_high", "norm", "no_std", "drop_flat", "entropy", "tis",
+            "epochs", "max_grad_norm", "weight_decay")
 
 
 def sft_info(policy):
@@ -555,19 +560,19 @@ def injection_p(policy):
 
 def origin(policy, name):
     """(method, seed, stage) of a checkpoint, from the arguments kept in it. The method is that of the SFT
-    answers and, behind colons, what GRPO did otherwise than its preset: "bridge:filter", "vanilla:400-steps",
-    "bridge:beta-0.01"."""
+    answers and, behind colons, how GRPO's rollouts and loss differ from the default: "bridge:filter",
+    "vanilla:400-steps", "bridge:beta-0.01", "bridge:no-std"."""
     info, method = policy.info or {}, method_name(policy, name)
     if info.get("stage") != "grpo":
         return method, info.get("seed", 0), "sft"
     if info.get("filter"):
         method += ":filter"
-    if "steps" in info:
-        usual = sft.preset(policy.model, grpo.PRESETS, info.get("task"))
-        if info["steps"] != usual["steps"]:
-            method += f":{info['steps']}-steps"
-        if info["beta"] != usual["beta"]:
-            method += f":beta-{info['beta']:g}"
+    usual = grpo.defaults(policy.model, info.get("task")) if "steps" in info else {}
+    for name in usual and RL_FLAGS:
+        value, flag = info.get(name, usual[name]), name.replace("_", "-")
+        if value != usual[name]:
+            words = f"{value}-steps" if name == "steps" else f"{flag}-{value}"
+            method += f":{flag if value is True else f'no-{flag}' if value is False else words}"
     return method, info.get("seed", 0), "rl"
 
 
@@ -585,7 +590,7 @@ def counts(score):
 def commit():
     """The last commit that changed these scripts, "+" behind it where they differ from it; "" without git."""
     def git(*command):
-        command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), *command, "--", "*.py"]
+        command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), *command, "--", ":(glob)*.py"]
         return subprocess.run(command, text=True, capture_output=True).stdout.strip()
 
     try:
@@ -641,6 +646,10 @@ def shares(rows):
     found = defaultdict(lambda: defaultdict(dict))
     for row in rows:
         cell = found[row["task"], row["split"]]
+        if row["seed"] in cell[row["method"], row["stage"]]:
+            where = ", ".join(f"{row[name]}" for name in KEY[:-1] if row[name] != "")
+            raise data.InputError(f"{where}: two rows that differ in ops alone; keep one --results file for "
+                                  "each")
         cell[row["method"], row["stage"]][row["seed"]] = row["correct"] / row["n"]
         if row["process"] is not None:
             cell[row["method"], row["stage"] + "-process"][row["seed"]] = row["process"] / row["n"]
@@ -684,7 +693,7 @@ def report(path):
     for (task, split), cell in sorted(shares(rows).items()):
         guess = statistics.mean(cell["majority", ""].values() or [math.nan])
         for method in sorted({method for method, stage in cell if stage == "rl"}):
-            for stage in ("sft", "sft-process"):  # RL's options have the same SFT policy
+            for stage in ("sft", "sft-process"):  # "bridge:filter" began from the SFT policy of "bridge"
                 cell[method, stage] = cell[method.partition(":")[0], stage]
             gain = cell[method, "gain"] = minus(cell[method, "rl"], cell[method, "sft"])
             if gain:
@@ -724,8 +733,9 @@ def plot_report(path, out):
     rows, names = read_results(path), ("answer right", "process-verified")
     if all(row["stage"] != "rl" for row in rows):
         raise data.InputError(f"{path}: no row of a policy after RL, so there is nothing to draw")
-    chances = {row["method"]: row["p"] for row in rows if row["p"] is not None}
-    found = sorted(shares(rows).items())
+    chances = {(row["task"], row["method"]): row["p"] for row in rows if row["p"] is not None}
+    found = [(key, cell) for key, cell in sorted(shares(rows).items())
+             if any(stage == "rl" for _, stage in cell)]
     figure, axes = new_figure(4.5, 3.2, len(found), 2, sharey=False)
     for ((task, split), cell), above, below in zip(found, *axes):
         methods = sorted({method for method, stage in cell if stage == "rl"},
@@ -733,8 +743,9 @@ def plot_report(path, out):
         after = {m: [interval_or_nothing(cell[m, stage]) for stage in ("rl", "rl-process")] for m in methods}
         draw_intervals(above, after, names)
         above.set_title(f"{task} {split}")
-        swept = [m for m in methods if m in chances and re.fullmatch(r"subgoal|bridge(-p[\d.]+)?", m)]
-        sweep = sorted((chances[m], m) for m in swept)
+        swept = [m for m in methods
+                 if (task, m) in chances and re.fullmatch(r"subgoal|bridge(-p[\d.]+)?", m)]
+        sweep = sorted((chances[task, m], m) for m in swept)
         if sweep:
             draw_intervals(below, {f"p = {p:g}": after[m] for p, m in sweep}, names)
         else:
@@ -854,10 +865,11 @@ def html_problem(problem, texts, opened):
 def html_accuracy(results, comparisons):
     """Accuracy with its intervals: figure, table and the tests of the differences."""
     rows = {}
-    for result, (split, s) in [(r, item) for r in results for item in r["splits"].items()]:
-        both = [(count / s["n"], *wilson(count, s["n"])) if count is not None else (math.nan,) * 3
+    for result in results:
+        for split, s in result["splits"].items():
+            rows[f"{result['path']}, {split}"] = [
+                (count / s["n"], *wilson(count, s["n"])) if count is not None else (math.nan,) * 3
                 for count in (s["correct"], s["process"])]
-        rows[f"{run_of(result['path'])}, {run_of(split)}"] = both
     chart = html_figure("accuracy of each checkpoint with its 95% interval", draw_intervals, rows,
                         ("right", "process-verified"), height=1.2 + 0.5 * len(rows))
     items, found = "", {(r["path"], split): s for r in results for split, s in r["splits"].items()}
@@ -972,6 +984,10 @@ def read_arguments():
         raise data.InputError("--plot draws rollouts: give --samples 8 as well")
     if args.plot and not args.plot.endswith((".png", ".pdf", ".svg")):
         raise data.InputError(f"--plot {args.plot}: must end in .png, .pdf or .svg")
+    drawn = args.curves or (args.plot or args.html) and args.ckpt or ()
+    if len({os.path.basename(path) for path in drawn}) < len(drawn):
+        raise data.InputError("--curves, --plot and --html tell runs apart by their files' names: rename one "
+                              "of those that are named alike")
     read = [*(args.ckpt or ()), *(args.data or ()), *(args.curves or ()), args.report]
     data.claim([("--json", args.json, (b'{"checkpoints"',)),
                 ("--results", args.results, (b"task,", b"method,")),

@@ -59,7 +59,9 @@ def group_advantages(rewards, std=True, eps=1e-6):
     tensor([[ 0.8660, -0.8660, -0.8660,  0.8660],
             [ 0.0000,  0.0000,  0.0000,  0.0000]])
     """
-    centred = rewards - rewards.mean(dim=1, keepdim=True)
+    uneven = rewards.amax(dim=1, keepdim=True) > rewards.amin(dim=1, keepdim=True)
+    # equal rewards can miss their mean by a rounding error: 1e-7 over eps would be an advantage of 0.1
+    centred = (rewards - rewards.mean(dim=1, keepdim=True)).where(uneven, 0)
     if not std:
         return centred
     if rewards.shape[1] == 1:
@@ -235,6 +237,7 @@ def shared_attention(module, query, key, value, attention_mask, *, layout=None, 
     if layout is None:  # any other forward
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **options)
 
+    # padded places take the first token: no real one looks at them, and `real` and `mask` drop what they give
     def lay(x, index):
         return x[0][:, index].transpose(0, 1)  # (., rows, columns, D) -> (rows, ., columns, D)
 
@@ -356,8 +359,10 @@ def update(policy, optimizer, batches, args):
 def measure(batches, args):
     """What the log wants to know: means over the response tokens, with the rollouts that --max-kl dropped and
     without the groups that --drop-flat left out."""
-    row = dict.fromkeys(("kl", "clip_frac", "entropy", "drift_mean", "drift_max"), 0.0)
+    names = ("kl", "clip_frac", "entropy", "drift_mean", "drift_max")
+    row = dict.fromkeys(names, 0.0 if batches else math.nan)
     row["dropped"] = sum((~batch.kept).sum().item() for batch in batches)
+    row["rows"] = sum(len(batch.kept) for batch in batches)
     tokens = sum(batch.mask.sum().item() for batch in batches)
     high = args.clip if args.clip_high is None else args.clip_high
     for batch in batches:
@@ -410,7 +415,7 @@ def select(policy, problems, args, limit, wanted):
         some = list(itertools.islice(problems, args.prompts))
         if not some or (not chosen and tried >= 1000):
             break
-        # steps 0 and below: no draw of a step to come
+        # as steps 0, -16, -32 ...: seeds that no step of the training uses
         rollouts = roll_out(policy, some, args, -tried, FILTER_N, limit)
         right = rollouts.right.sum(dim=1).tolist()
         chosen += [number for number, count in enumerate(right, start=tried) if low <= count <= high]
@@ -479,10 +484,9 @@ def watch(row, args, examples, checked):
     if row["cut_rate"] >= 0.3:
         tqdm.write(f"warning: step {step}: {row['cut_rate']:.0%} of the rollouts were cut at "
                    f"--max-new-tokens {args.max_new_tokens}; raise it, or they cannot be right")
-    if row["dropped"] >= 0.5 * len(examples):
-        tqdm.write(f"warning: step {step}: --max-kl {args.max_kl} dropped {row['dropped']} of "
-                   f"{len(examples)} rollouts: the policy has moved far from its reference; raise --beta "
-                   "or lower --lr")
+    if row["dropped"] and row["dropped"] >= 0.5 * row["rows"]:
+        tqdm.write(f"warning: step {step}: --max-kl {args.max_kl} dropped {row['dropped']} of {row['rows']} "
+                   "rollouts: the policy has moved far from its reference; raise --beta or lower --lr")
     if row["mixed"] and not checked:
         if row["grad_norm"] == 0 and not row["dropped"]:
             raise data.InputError(f"step {step}: a mixed group, yet the gradient is 0: nothing would be "
@@ -497,10 +501,10 @@ def watch(row, args, examples, checked):
 def stuck(row, args, policy, examples):
     """Why a run without a mixed group cannot learn, with one rollout to look at."""
     if row["all_wrong"] >= row["all_right"]:
-        why = ("all rollouts are wrong: the problems are too hard or the format is not learned; lower --ops "
-               "or train sft.py longer")
+        why = ("all rollouts are wrong: the problems are too hard or the format is not learned; take "
+               "easier problems (a lower --ops or --depth) or train sft.py longer")
     else:
-        why = "all rollouts are right: the problems are too easy; raise --ops"
+        why = "all rollouts are right: the problems are too easy; take harder ones (a higher --ops or --depth)"
     text = sample.decode(policy.tokenizer, examples[0][1])[:400]
     return f"no mixed group in {args.patience} steps, so nothing can be learned: {why}. One rollout: {text!r}"
 
@@ -674,6 +678,13 @@ def add_flags(parser):
     add("--patience", type=data.positive_int, default=30, help="steps without a mixed group until it stops")
 
 
+def defaults(model, task):
+    """{flag: its value where it is not given} for this model and task."""
+    parser = data.Parser("")
+    add_flags(parser)
+    return vars(parser.parse_args([])) | sft.preset(model, PRESETS, task)
+
+
 def check(args, parser, checkpoint):
     """Refuse flags that contradict each other, each in one sentence."""
     sft.check_files(args, parser, checkpoint)
@@ -753,7 +764,8 @@ def main():
     if args.export:
         sample.export_policy(policy, args.export)
     run.finish()
-    print(f"{args.out}: done; next: python eval.py --ckpt {checkpoint} {args.out}")
+    task = "" if args.task == "igsm" else f" --task {args.task}"
+    print(f"{args.out}: done; next: python eval.py{task} --ckpt {checkpoint} {args.out}")
 
 
 if __name__ == "__main__":

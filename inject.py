@@ -92,8 +92,9 @@ def take_detour(problem, step, solved, letters, rng, official=False, near=0.0):
     official: on any node that is not solved, 70% one that the answer needs and 30% one that it does not; if
     all its parents are solved, the step solves it; near: see inject."""
     if official:
-        needed, needs = data.needed_nodes(problem.nodes, problem.target), rng.random() < 0.7
-        nodes = [q for q in problem.nodes if q not in solved and q != step.node and (q in needed) == needs]
+        needed, want_needed = data.needed_nodes(problem.nodes, problem.target), rng.random() < 0.7
+        nodes = [q for q in problem.nodes
+                 if q not in solved and q != step.node and (q in needed) == want_needed]
     else:
         nodes = locked_nodes(problem.nodes, solved)
         if near and rng.random() < near:  # without `near` no draw more: the paper's edits stay as they are
@@ -111,7 +112,7 @@ def take_detour(problem, step, solved, letters, rng, official=False, near=0.0):
 # -------------------------------------------------- 2. Two baselines, and the examples that each method makes
 def shuffle_premises(problem, rng):
     """PP-Aug: the same question with its premises in another order."""
-    *premises, asked = problem.question.split("\n")
+    *premises, asked = problem.question.strip("\n").split("\n")
     return "\n".join(rng.sample(premises, len(premises)) + [asked])
 
 
@@ -160,14 +161,15 @@ def mark(before, after):
     """
     plain, lines = before.split("\n"), []
     for line in after.split("\n"):
-        words, rest = [], plain[0].split(" ") if plain else [None]
-        for word in line.split(" "):  # a word that is not the plain line's next one was added
-            words.append(rest.pop(0) if rest and word == rest[0] else f"[{word}]")
-        if rest:  # words of the plain line are left: this line is not it, but a new one
-            lines.append(f"[{line}]")
-        else:
-            plain.pop(0)
-            lines.append(" ".join(words).replace("] [", " "))
+        lines.append(f"[{line}]")  # a new one, unless it holds all words of a plain line
+        for old in plain:
+            words, rest = [], old.split(" ")
+            for word in line.split(" "):  # a word that is not the plain line's next one was added
+                words.append(rest.pop(0) if rest and word == rest[0] else f"[{word}]")
+            if not rest:
+                plain.remove(old)
+                lines[-1] = " ".join(words).replace("] [", " ")
+                break
     return "\n".join(lines)
 
 
@@ -182,7 +184,10 @@ def make_records(problems, path, method, options, counts):
         return report
 
     for problem in problems:
-        checked(problem, problem.response)
+        plain = checked(problem, problem.response)
+        if method in ("bridge", "rc-aug") and (plain.reflections or plain.analyses):
+            raise data.InputError(f"{path}, problem {problem.id}: its answer holds behaviors already; give "
+                                  "plain answers")
         for question, response in augment(problem, method, **options):
             report = checked(problem, response)
             example = {"id": counts["examples"], "question": question, "response": response}
@@ -213,6 +218,10 @@ def main():
     if args.method != "bridge":
         parser.refuse(args, ("behaviors", "p", "p_analysis", "p_reflection", "official"),
                       f"with --method {args.method}")
+    if args.official:
+        parser.refuse(args, ("p_analysis",), "with --official, where the in-degree decides")
+    for behavior in {"analysis", "reflection"}.difference(args.behaviors):
+        parser.refuse(args, (f"p_{behavior}",), f"with --behaviors {' '.join(args.behaviors)}")
     if args.method in ("vanilla", "bridge"):
         parser.refuse(args, ("copies",), f"with --method {args.method}")
     if args.seed is None:

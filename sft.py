@@ -209,8 +209,9 @@ class Log:
         self.writer = csv.writer(self.file)
 
     def row(self, **values):
-        cells = [values.get(column, "") for column in self.columns]
-        self.writer.writerow([f"{cell:.6g}" if isinstance(cell, float) else cell for cell in cells])
+        cells = [values.get(column, math.nan) for column in self.columns]
+        self.writer.writerow(["" if cell != cell else f"{cell:.6g}" if isinstance(cell, float) else cell
+                              for cell in cells])
         self.file.flush()
 
 
@@ -1011,8 +1012,9 @@ def main():
     if args.export:
         sample.export_policy(policy, args.export)
     run.finish()
+    task = "" if args.task == "igsm" else f" --task {args.task}"
     print(f"{args.out}: loss {loss:.3f} after {time.time() - begun:.0f} s; "
-          f"next: python grpo.py --ckpt {args.out}")
+          f"next: python grpo.py{task} --ckpt {args.out}")
 
 
 if __name__ == "__main__":

@@ -273,8 +273,8 @@ def test_curves_of_seeds_share_a_band(tmp_path, script):
     """Bug: every file a run of its own, or the seeds' number left in the name; the figure is drawn from
     logs of unequal length."""
     pytest.importorskip("matplotlib")
-    names = ("a/bridge-rl-3.csv", "grpo.csv", "x-10.pt")
-    assert [evaluation.run_of(name) for name in names] == ["bridge-rl", "grpo", "x"]
+    names = ("a/bridge-rl-3.csv", "grpo.csv", "x-10.pt", "Qwen/Qwen2.5-1.5B", "Qwen/Qwen2.5-0.5B")
+    assert [evaluation.run_of(name) for name in names] == ["bridge-rl", "grpo", "x", "Qwen2.5-1.5B", "Qwen2.5-0.5B"]
     for name, steps in (("vanilla-1", 5), ("vanilla-2", 3), ("bridge-1", 5)):
         rows = [f"{i},0.{i},{0.5 if i == 1 else ''}\n" for i in range(1, steps + 1)]
         (tmp_path / f"{name}.csv").write_text("step,reward,val_accuracy\n" + "".join(rows))
@@ -344,6 +344,28 @@ def test_reliability_of_behaviors():
     assert found["arithmetic"] == [8, 10] and found["premises"] == [5, 6]
 
 
+def test_an_analysis_on_a_reflection_precedes_no_equation():
+    """Bug: equations without an analysis right in over 100%: the released code puts an analysis on some reflections."""
+    problem = data.read_question("\n".join([
+        "The value of aaa is 3.", "aab gets its value by adding together the value of aaa and aac.",
+        "The value of aac is 4.", "What is the value of aab?"]), None)
+    report = data.check_trace(problem, "<think>\nLet's solve aab, given that aab gets its value by adding together the "
+                              "value of aaa and aac, but aaa and aac must be known first, so aab has to wait.\n"
+                              "Let's solve aaa, aaa = 3\nLet's solve aac, aac = 4\nLet's solve aab, aab = aaa + aac = 8\n")
+    assert report.error.kind == "arithmetic" and report.reflections == report.analyses == 1
+    found = evaluation.reliability([report])
+    assert found["analysed"] == [0, 0] and found["not_analysed"] == [2, 3] and found["premises"] == [1, 1]
+
+
+def test_cells_that_differ_in_size_alone_are_not_mixed(tmp_path, script):
+    """Bug: two tests of one policy, on 6-8 and on 10-12 operations, of which the report showed one."""
+    row = dict(task="igsm", method="bridge", seed=1, split="id", n=10, correct=5, process=5)
+    evaluation.write_results(str(tmp_path / "r.csv"), [row | dict(stage=stage, ops=ops)
+                                                       for stage in ("sft", "rl") for ops in ("6-8", "10-12")])
+    result = script("eval.py", "--report", "r.csv")
+    assert result.returncode == 2 and "differ in ops alone" in result.stderr
+
+
 def test_majority_answer():
     """Bug: a baseline that always answers 0 where another answer is more frequent."""
     problems = [data.Problem("", answer, "", {}) for answer in (0, 7, 7, 0, 7, 3)]
@@ -386,6 +408,7 @@ def test_table_and_json(script, tmp_path, tiny_file):
     (["--max-new-tokens", "5000"], ["--max-new-tokens", "2048"]), (["--sample", "3"], ["--sample"]),
     (["--report", "empty.jsonl2"], ["empty.jsonl2"]), (["--report", "zero.csv"], ["zero.csv", "--results"]),
     (["--report", "head.csv", "--json", "x.json"], ["--json", "--report"]),
+    (["--curves", "head.csv", "folder.pt/head.csv"], ["files' names"]),
     (["--curves", "short.csv"], ["short.csv", "grpo.py"]), (["--curves", "long.csv"], ["long.csv", "grpo.py"]),
     (["--data", "empty.jsonl", "--ops", "3", "4"], ["--ops", "--data"]),
     (["--influence", "--samples", "1"], ["--samples", "influence"]),
@@ -425,9 +448,13 @@ def test_report_as_a_figure(tmp_path, script, monkeypatch):
     evaluation.write_results(path, rows)
     plain = evaluation.draw_intervals
     monkeypatch.setattr(evaluation, "draw_intervals", lambda *a: (drawn.append(a[1]), plain(*a)))
+    # another task, whose bridge has another p, and a split without a policy after RL
+    other = dict(row, task="promptbench", method="bridge", seed=1, correct=50, process=50, p=0.1)
+    evaluation.write_results(path, [other | dict(stage="rl"), other | dict(stage="sft", split="ood")])
     result = script("eval.py", "--report", path, "--plot", "x.svg")
     assert result.returncode == 0 and (tmp_path / "x.svg").stat().st_size > 5000, result.stderr
-    methods, sweep = drawn
+    methods, sweep, others, other_sweep = drawn
+    assert list(others) == ["bridge"] and list(other_sweep) == ["p = 0.1"]
     assert list(methods) == list(made) and list(sweep) == ["p = 0", "p = 0.1", "p = 0.3"]
     assert methods["bridge"] == [(0.81, 0.81, 0.81), (0.4, 0.4, 0.4)] == sweep["p = 0.3"]
     assert math.isnan(methods["analysis"][1][0])
@@ -452,3 +479,5 @@ def test_rows_say_which_behaviors(tiny, made, method, p):
     assert evaluation.origin(policy, "y.pt")[0] == f"{method}:filter:7-steps"
     policy.info |= dict(task="promptbench", filter=None, steps=120)  # PromptBench's own coefficient is 0.005
     assert evaluation.origin(policy, "y.pt")[0] == f"{method}:beta-0.001"
+    policy.info |= dict(task=None, no_std=True, drop_flat=False, norm="token", lr=1e-6, clip=0.2)
+    assert evaluation.origin(policy, "y.pt")[0] == f"{method}:lr-1e-06:norm-token:no-std:no-drop-flat"

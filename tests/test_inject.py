@@ -209,6 +209,13 @@ def test_knows_no_grammar():
     assert code and not re.search(words, code)
 
 
+def test_marks_of_a_step_solved_early():
+    """Bug: all that follows a detour that solves its quantity, as the released code draws some, marked as added."""
+    plain = "- a = 1.\n- b = 2.\n- c = 3.\nend"
+    assert inject.mark(plain, "- c = 3.\n- a = 1.\n- b = 1 + 1 = 2.\nend") == \
+        "- c = 3.\n- a = 1.\n- b = [1 + 1 =] 2.\nend"
+
+
 def test_doctests():
     """The marks in the view without arguments stand where something was added."""
     result = doctest.testmod(inject)
@@ -248,6 +255,9 @@ def test_from_file_to_file(flags, script, tmp_path):
     ('{"question": "x", "answer": 1}', ["--method", "ppaug"], "--method"),
     ('{"question": "x", "answer": 1}', ["--method", "vanilla", "--p", "0.5", "--out", "o"], "--p has no effect"),
     ('{"question": "x", "answer": 1}', ["--copies", "2", "--out", "o"], "--copies has no effect"),
+    ('{"question": "x", "answer": 1}', ["--official", "--p-analysis", "1", "--out", "o"], "--p-analysis has no effect"),
+    ('{"question": "x", "answer": 1}', ["--behaviors", "analysis", "--p-reflection", "1", "--out", "o"],
+     "--p-reflection has no effect"),
     ('{"question": "The value of ab is 1.\\nWhat is the value of ab?", "answer": 1, "task": "igsm"}',
      ["--out", "o"], "the question is one of promptbench"),
     ('{"question": "oops\\nWhat is the value of ab?", "answer": 1, "task": "promptbench"}', ["--out", "o"],
@@ -258,6 +268,16 @@ def test_bad_input(content, flags, word, script, tmp_path):
         (tmp_path / "train.jsonl").write_text(content)
     done = script("inject.py", "train.jsonl", *flags)
     assert done.returncode == 2 and word in done.stderr and "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("o*"))
+
+
+@pytest.mark.parametrize("method", ["bridge", "rc-aug"])
+def test_answers_that_hold_behaviors_already(method, script, tmp_path):
+    """Bug: a file blamed for the fault that a second injection brought; analyses drawn anew without a word."""
+    assert script("data.py", "--ops", 6, 8, "--n", 20, "--out", "train.jsonl").returncode == 0
+    assert script("inject.py", "train.jsonl", "--p", 1, "--out", "bridge.jsonl").returncode == 0
+    done = script("inject.py", "bridge.jsonl", "--method", method, "--out", "o")
+    assert done.returncode == 2 and "holds behaviors already; give plain answers" in done.stderr
     assert not list(tmp_path.glob("o*"))
 
 

@@ -246,10 +246,10 @@ def test_a_file_as_windows_writes_it(tmp_path):
 
 def test_a_child_does_not_hold_the_solutions(tmp_path):
     """Bug: the reference chapters' trees in the memory of the process that runs a submission."""
-    text = REFERENCE["grpo"].replace("    centred = rewards", """    import ast, gc
+    text = REFERENCE["grpo"].replace("    centred = (rewards", """    import ast, gc
     found = [x for x in gc.get_objects() if isinstance(x, ast.FunctionDef) and x.name == "kl_estimate"]
     raise RuntimeError(f"{len(found)} found")
-    centred = rewards""", 1)
+    centred = (rewards""", 1)
     (_, _, _, wrong), = grade.grade(submit(tmp_path / "submission", grpo=text), SEED, chosen=[11])
     assert "RuntimeError: 0 found" in wrong
 
