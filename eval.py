@@ -560,18 +560,20 @@ def injection_p(policy):
 
 def origin(policy, name):
     """(method, seed, stage) of a checkpoint, from the arguments kept in it. The method is that of the SFT
-    answers and, behind colons, how GRPO's rollouts and loss differ from the default: "bridge:filter",
-    "vanilla:400-steps", "bridge:beta-0.01", "bridge:no-std"."""
+    answers and, behind colons, how GRPO's rollouts and loss differ from the default: "bridge:filter" (1 7),
+    "vanilla:400-steps", "bridge:beta-0.01", "bridge:no-std"; on which problems it trained is not said."""
     info, method = policy.info or {}, method_name(policy, name)
     if info.get("stage") != "grpo":
         return method, info.get("seed", 0), "sft"
     if info.get("filter"):
-        method += ":filter"
+        low, high = info["filter"]
+        method += ":filter" if (low, high) == (1, 7) else f":filter-{low}-{high}"
     usual = grpo.defaults(policy.model, info.get("task")) if "steps" in info else {}
     for name in usual and RL_FLAGS:
         value, flag = info.get(name, usual[name]), name.replace("_", "-")
         if value != usual[name]:
-            words = f"{value}-steps" if name == "steps" else f"{flag}-{value}"
+            shown = f"{value:g}" if isinstance(value, float) else value
+            words = f"{shown}-steps" if name == "steps" else f"{flag}-{shown}"
             method += f":{flag if value is True else f'no-{flag}' if value is False else words}"
     return method, info.get("seed", 0), "rl"
 
@@ -683,6 +685,20 @@ def behavior_rows(rows):
             yield [task, after["split"], method, f"{seed}", f"{after['n']}", *changes]
 
 
+def compare_methods(cell, where, injected, plain):
+    """Lines of the report on two methods whose GRPO had the same options; none without a seed of both."""
+    seeds = minus(cell[injected, "gain"], cell[plain, "gain"]).keys()
+    if not seeds:
+        return []
+    gain, rl, process = (percent(minus(cell[injected, stage], cell[plain, stage]), seeds, "+")
+                         for stage in ("gain", "rl", "rl-process"))
+    right, base = (sum(cell[method, "rl"][seed] for seed in seeds) for method in (injected, plain))
+    ratio = right / base if base else math.nan
+    return ["", f"{where}, paired over {len(seeds)} seeds: gain of {injected} - gain of {plain} {gain}; "
+                f"accuracy after RL, {injected} - {plain} {rl}, {injected} / {plain} {ratio:.2f}; "
+                f"process-verified after RL, {injected} - {plain} {process}"]
+
+
 def report(path):
     """results.csv as a table of means over seeds, then bridge against vanilla, then behavior_rows. Only
     paired seeds count: those with both stages in the table, those with both methods in the comparison."""
@@ -701,16 +717,8 @@ def report(path):
                 values = [percent(cell[method, s], gain, "+" if s == "gain" else "") for s in stages]
                 lines.append(f"| {task} | {split} | {method} | {len(gain)} | {' | '.join(values)} | "
                              f"{guess:.1%} |")
-        seeds = minus(cell["bridge", "gain"], cell["vanilla", "gain"]).keys()
-        if seeds:
-            gain, rl, process = (percent(minus(cell["bridge", stage], cell["vanilla", stage]), seeds, "+")
-                                 for stage in ("gain", "rl", "rl-process"))
-            right, plain = (sum(cell[m, "rl"][seed] for seed in seeds) for m in ("bridge", "vanilla"))
-            ratio = right / plain if plain else math.nan
-            comparisons += ["", f"{task} {split}, paired over {len(seeds)} seeds: "
-                                f"gain of bridge - gain of vanilla {gain}; "
-                                f"accuracy after RL, bridge - vanilla {rl}, bridge / vanilla {ratio:.2f}; "
-                                f"process-verified after RL, bridge - vanilla {process}"]
+        for options in sorted({m.removeprefix("bridge") for m, _ in cell if re.fullmatch("bridge(:.*)?", m)}):
+            comparisons += compare_methods(cell, f"{task} {split}", "bridge" + options, "vanilla" + options)
     heading, *changes = behavior_rows(rows)
     if changes:
         changes = [heading, ["---"] * len(heading), *changes]

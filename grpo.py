@@ -358,7 +358,7 @@ def update(policy, optimizer, batches, args):
 @torch.no_grad()
 def measure(batches, args):
     """What the log wants to know: means over the response tokens, with the rollouts that --max-kl dropped and
-    without the groups that --drop-flat left out."""
+    without the groups that --drop-flat left out; NaN where no group was left."""
     names = ("kl", "clip_frac", "entropy", "drift_mean", "drift_max")
     row = dict.fromkeys(names, 0.0 if batches else math.nan)
     row["dropped"] = sum((~batch.kept).sum().item() for batch in batches)
@@ -415,7 +415,7 @@ def select(policy, problems, args, limit, wanted):
         some = list(itertools.islice(problems, args.prompts))
         if not some or (not chosen and tried >= 1000):
             break
-        # as steps 0, -16, -32 ...: seeds that no step of the training uses
+        # as steps 0, -Q, -2Q ... (Q = --prompts): seeds that no step of the training uses
         rollouts = roll_out(policy, some, args, -tried, FILTER_N, limit)
         right = rollouts.right.sum(dim=1).tolist()
         chosen += [number for number, count in enumerate(right, start=tried) if low <= count <= high]
@@ -469,7 +469,7 @@ def take_step(policy, reference, optimizer, problems, step, limit, args):
     return rollouts, row
 
 
-def watch(row, args, examples, checked):
+def watch(row, args, checked):
     """Say what a person should know about a step; stop on what cannot be right. checked: whether the first
     mixed step has been; its new value is returned."""
     step = row["step"]
@@ -504,7 +504,7 @@ def stuck(row, args, policy, examples):
         why = ("all rollouts are wrong: the problems are too hard or the format is not learned; take "
                "easier problems (a lower --ops or --depth) or train sft.py longer")
     else:
-        why = "all rollouts are right: the problems are too easy; take harder ones (a higher --ops or --depth)"
+        why = "all rollouts are right: the problems are too easy; take harder ones (raise --ops or --depth)"
     text = sample.decode(policy.tokenizer, examples[0][1])[:400]
     return f"no mixed group in {args.patience} steps, so nothing can be learned: {why}. One rollout: {text!r}"
 
@@ -531,11 +531,11 @@ def train(policy, reference, optimizer, source, held_out, limit, args, run):
         for step in progress:
             some = list(itertools.islice(problems, args.prompts))
             rollouts, row = take_step(policy, reference, optimizer, some, step, limit, args)
-            checked = watch(row, args, rollouts.examples, checked)
+            checked = watch(row, args, checked)
             if args.eval_every and held_out and (step % args.eval_every == 0 or step in (1, args.steps)):
                 row.update(validate(policy, held_out, limit, args, row))
-            log.row(**row)
-            progress.set_postfix_str(PROGRESS.format(**row))
+            log.row(**{name: value for name, value in row.items() if not math.isnan(value)})
+            progress.set_postfix_str(PROGRESS.format(**row).replace("KL nan", "KL -"))
             quiet = 0 if rollouts.uneven().any() else quiet + 1
             if quiet >= args.patience:
                 raise data.InputError(stuck(row, args, policy, rollouts.examples))

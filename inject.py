@@ -222,6 +222,8 @@ def main():
         parser.refuse(args, ("p_analysis",), "with --official, where the in-degree decides")
     for behavior in {"analysis", "reflection"}.difference(args.behaviors):
         parser.refuse(args, (f"p_{behavior}",), f"with --behaviors {' '.join(args.behaviors)}")
+    if not {"analysis", "reflection"}.intersection(args.behaviors):
+        parser.refuse(args, ("p",), f"with --behaviors {' '.join(args.behaviors)}")
     if args.method in ("vanilla", "bridge"):
         parser.refuse(args, ("copies",), f"with --method {args.method}")
     if args.seed is None:

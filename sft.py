@@ -209,9 +209,8 @@ class Log:
         self.writer = csv.writer(self.file)
 
     def row(self, **values):
-        cells = [values.get(column, math.nan) for column in self.columns]
-        self.writer.writerow(["" if cell != cell else f"{cell:.6g}" if isinstance(cell, float) else cell
-                              for cell in cells])
+        cells = [values.get(column, "") for column in self.columns]
+        self.writer.writerow([f"{cell:.6g}" if isinstance(cell, float) else cell for cell in cells])
         self.file.flush()
 
 

@@ -542,7 +542,7 @@ def test_what_was_watched_survives_a_resume(script, tmp_path, tiny_file, monkeyp
     resumed run, as if it were its first."""
     base = ["grpo.py", "--ckpt", tiny_file, "--steps", 50, *SMALL[:-1], 5]
     row, seen = sft.Log.row, []
-    monkeypatch.setattr(grpo, "watch", lambda row, args, examples, checked: seen.append(checked) or True)
+    monkeypatch.setattr(grpo, "watch", lambda row, args, checked: seen.append(checked) or True)
 
     def interrupted(log, **values):
         row(log, **values)
@@ -942,25 +942,25 @@ def test_guard_rails(row, words):
     """Bugs: training on after a NaN, after sampler and trainer have parted, or with a gradient that never
     arrives."""
     healthy = dict(step=3, loss=0.0, grad_norm=0.1, drift_mean=1e-6, cut_rate=0.0, mixed=0.5, dropped=0, rows=1)
-    assert grpo.watch(healthy, arguments(), [None], False) is True
+    assert grpo.watch(healthy, arguments(), False) is True
     with pytest.raises(data.InputError, match=words):
-        grpo.watch(healthy | row, arguments(), [None], False)
+        grpo.watch(healthy | row, arguments(), False)
 
 
 def test_the_bounds_of_the_warnings(capsys):
     """Bugs: a drift of 0.0201 that passes or 0.0199 that stops; a late drift that throws a run away; one
     dropped rollout or one cut in ten that warns; dropped rollouts measured against those that left before."""
     healthy = dict(step=3, loss=0.0, grad_norm=0.1, drift_mean=0.0199, cut_rate=0.29, mixed=0.5, dropped=4, rows=10)
-    assert grpo.watch(healthy, arguments(), [None] * 10, True) is True
+    assert grpo.watch(healthy, arguments(), True) is True
     assert "warning" not in "".join(capsys.readouterr())
-    assert grpo.watch(healthy | {"mixed": 0, "grad_norm": 0.0}, arguments(), [None] * 10, False) is False
+    assert grpo.watch(healthy | {"mixed": 0, "grad_norm": 0.0}, arguments(), False) is False
     for row, words in (({"drift_mean": 0.0201}, "disagree"), ({"cut_rate": 0.3}, "30% of the rollouts"),
                        ({"dropped": 5}, "dropped 5 of 10"), ({"rows": 6}, "dropped 4 of 6")):
-        assert grpo.watch(healthy | row, arguments(), [None] * 10, True) is True
+        assert grpo.watch(healthy | row, arguments(), True) is True
         printed = capsys.readouterr()
         assert "warning" in printed.out + printed.err and words in printed.out + printed.err
     with pytest.raises(data.InputError, match="disagree"):
-        grpo.watch(healthy | {"drift_mean": 0.0201}, arguments(), [None] * 10, False)
+        grpo.watch(healthy | {"drift_mean": 0.0201}, arguments(), False)
 
 
 def test_a_stop_for_numbers_leaves_the_last_good_state(script, tmp_path, tiny_file, monkeypatch):

@@ -258,6 +258,7 @@ def test_from_file_to_file(flags, script, tmp_path):
     ('{"question": "x", "answer": 1}', ["--official", "--p-analysis", "1", "--out", "o"], "--p-analysis has no effect"),
     ('{"question": "x", "answer": 1}', ["--behaviors", "analysis", "--p-reflection", "1", "--out", "o"],
      "--p-reflection has no effect"),
+    ('{"question": "x", "answer": 1}', ["--behaviors", "subgoal", "--p", "1", "--out", "o"], "--p has no effect"),
     ('{"question": "The value of ab is 1.\\nWhat is the value of ab?", "answer": 1, "task": "igsm"}',
      ["--out", "o"], "the question is one of promptbench"),
     ('{"question": "oops\\nWhat is the value of ab?", "answer": 1, "task": "promptbench"}', ["--out", "o"],

@@ -334,7 +334,9 @@ def read_log(folder, name):
 
 
 def mean(values):
-    return sum(values) / len(values)
+    """Of what was measured: a step without a mixed group leaves cells of the log empty."""
+    values = [value for value in values if not math.isnan(value)]
+    return sum(values) / len(values) if values else math.nan
 
 
 def compare_runs(name, a, b, questions):
@@ -366,6 +368,10 @@ def gain(column):
     return end(column) - mean(column[:10])
 
 
+def largest_at(column):
+    return max(range(len(column)), key=lambda i: -1 if math.isnan(column[i]) else column[i])
+
+
 def same_start(a, b):
     first = a["reward"][0], b["reward"][0]
     return list(first) if first[0] == first[1] else "not equal: other flags or seeds differ"
@@ -380,7 +386,7 @@ STD = {"grad_norm with std": lambda a, b: mean(a["grad_norm"]),
 CLIP = {"clip_frac, one epoch": lambda a, b: mean(a["clip_frac"]),
         "clip_frac, two": lambda a, b: mean(b["clip_frac"]),
         "first step's reward in both": same_start,
-        "largest clip_frac, at step": lambda a, b: b["clip_frac"].index(max(b["clip_frac"])) + 1,
+        "largest clip_frac, at step": lambda a, b: largest_at(b["clip_frac"]) + 1,
         "higher KL in the last 10 steps": lambda a, b: larger(end(a["kl"]), end(b["kl"]), ("one", "two"))}
 BEHAVIORS = {"mixed in the first 10 steps, bridge": lambda a, b: mean(a["mixed"][:10]),
              "mixed in the first 10 steps, vanilla": lambda a, b: mean(b["mixed"][:10]),

@@ -66,11 +66,12 @@ Your instructor grades with other inputs, and each exercise with right versions 
 functions named here count, with new helpers and imports in the same file. Leave arguments as they are unless
 a docstring says otherwise. Hand in a zip of what this folder holds.
 
-An experiment needs all exercises before it, or your instructor's chapters, and `pip install matplotlib`. Copy
-grpo.py's .csv files into `tests/course/experiments/` under the names given, draw the figure (`python eval.py
---curves a.csv b.csv --plot FILE.png`) and fill in `answers.json`: means over all steps where nothing else is
-said, a ratio is one mean over the other, shares and not percent, six digits, the two first rewards as a list
-[a, b], "higher" as "std" or "no-std", "one" or "two"; and `why`, in 15 words or more.
+An experiment needs all exercises before it, or your instructor's chapters, and `pip install matplotlib`.
+Copy grpo.py's .csv files into `tests/course/experiments/` under the names given, draw the figure (`python
+eval.py --curves a.csv b.csv --plot FILE.png`) and fill in `answers.json`: means over all steps that have a
+value where nothing else is said, a ratio is one mean over the other, shares and not percent, six digits, the
+two first rewards as a list [a, b], "higher" as "std" or "no-std", "one" or "two"; and `why`, in 15 words or
+more.
 
 """
 

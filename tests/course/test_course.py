@@ -245,13 +245,19 @@ def test_a_file_as_windows_writes_it(tmp_path):
 
 
 def test_a_child_does_not_hold_the_solutions(tmp_path):
-    """Bug: the reference chapters' trees in the memory of the process that runs a submission."""
-    text = REFERENCE["grpo"].replace("    centred = (rewards", """    import ast, gc
-    found = [x for x in gc.get_objects() if isinstance(x, ast.FunctionDef) and x.name == "kl_estimate"]
-    raise RuntimeError(f"{len(found)} found")
-    centred = (rewards""", 1)
-    (_, _, _, wrong), = grade.grade(submit(tmp_path / "submission", grpo=text), SEED, chosen=[11])
-    assert "RuntimeError: 0 found" in wrong
+    """Bug: the reference chapters, as trees or texts, in the memory of the process that runs a submission."""
+    look = """    import ast, gc, sys
+    trees = [x for x in gc.get_objects() if type(x) is ast.FunctionDef and x.name == "kl_estimate"]
+    line, texts, frame = "return d.{}() / 2".format("square"), [], sys._getframe()  # a line of that function
+    while frame:
+        if frame.f_code.co_filename.endswith("grade.py"):
+            texts += [name for name, x in frame.f_locals.items() if line in repr(x)]
+        frame = frame.f_back
+    raise RuntimeError(f"{len(trees)} trees and {texts}")
+"""
+    own = REFERENCE["grpo"].replace("    d = ref_logprob - logprob\n", look, 1).replace("return d.square()", "return d * d")
+    rows = grade.grade(submit(tmp_path / "submission", grpo=own), SEED, chosen=[1, 12], cache={})
+    assert "RuntimeError: 0 trees and []" in rows[1][3]
 
 
 def test_experiments_are_graded_by_their_logs(tmp_path):
@@ -274,6 +280,22 @@ def test_experiments_are_graded_by_their_logs(tmp_path):
                     (experiments / "answers.json").write_text(json.dumps(answers))
             (_, _, earned, reason), = grade.grade(folder, SEED, chosen=[k], cache=CACHE)
             assert earned == 0 and reason, why
+
+
+def test_what_a_step_did_not_measure_is_no_fault(tmp_path):
+    """Bug: a log with empty cells, as a step without a mixed group leaves them, for which no answer was right."""
+    folder = submit(tmp_path / "submission") / "tests/course/experiments"
+    lines = (folder / "epochs-2.csv").read_text().split("\n")
+    at = [lines[0].split(",").index(name) for name in ("kl", "clip_frac", "entropy")]
+    cells = lines[15].split(",")
+    assert {cells[i] for i in at} == {"0"}  # written before such cells stayed empty
+    lines[15] = ",".join("" if i in at else cell for i, cell in enumerate(cells))
+    (folder / "epochs-2.csv").write_text("\n".join(lines))
+    answers = json.loads((folder / "answers.json").read_text())
+    answers["clip"]["clip_frac, two"] *= (len(lines) - 2) / (len(lines) - 3)
+    (folder / "answers.json").write_text(json.dumps(answers))
+    (_, _, earned, wrong), = grade.grade(tmp_path / "submission", SEED, chosen=[17])
+    assert earned == POINTS[17], wrong
 
 
 def test_a_difference_shows_yours_beside_expected():
