@@ -220,7 +220,9 @@ def prompt_once(model, batch):
     visible = torch.cat((real[batch.owner][:, None].expand(B, T, P),
                          (place[:T] <= place[:T, None]).expand(B, T, T)), dim=2)
     layout = SimpleNamespace(
-        real=real, mask=batch.mask, owner=batch.owner, visible=visible[:, None],
+        # indices, found once here and not in each layer, where CUDA would wait for them
+        real=real.nonzero(as_tuple=True), mask=batch.mask.nonzero(as_tuple=True),
+        owner=batch.owner, visible=visible[:, None],
         prompts=torch.zeros(Q, P, dtype=torch.int64, device=device),  # where a token is in the sequence
         rows=torch.zeros(B, T, dtype=torch.int64, device=device))
     layout.prompts[real] = torch.arange(prompt_tokens, device=device)
@@ -246,6 +248,8 @@ def shared_attention(module, query, key, value, attention_mask, *, layout=None, 
     k = torch.cat((k[layout.owner], lay(key, layout.rows)), dim=2)  # (B, kv heads, P + T, D)
     v = torch.cat((v[layout.owner], lay(value, layout.rows)), dim=2)
     q = lay(query, layout.rows)  # (B, heads, T, D)
+    if q.is_cuda:  # where the fused kernels take a mask with as many kv heads as heads only
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     rows = F.scaled_dot_product_attention(q, k, v, attn_mask=layout.visible, enable_gqa=True)
     return torch.cat((prompts.transpose(1, 2)[layout.real], rows.transpose(1, 2)[layout.mask]))[None], None
 

@@ -41,6 +41,10 @@ from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, Gener
 import data
 from data import InputError
 
+# On CUDA cuDNN's attention plans anew for every shape, up to a second each time (modelscope/FunASR#3704), and
+# no two batches of rollouts have the same.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 
 # --------------------------------------------------------------------------- 1. The policy and its checkpoint
 FORMAT, VERSION = "bridge-policy", 1

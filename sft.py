@@ -523,7 +523,8 @@ def tiny_policy(width, layers, heads, seed):
                          max_position_embeddings=2048, tie_word_embeddings=True,
                          rope_parameters={"rope_type": "default", "rope_theta": 10_000.0}, bos_token_id=None,
                          eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    return sample.Policy(Qwen2ForCausalLM(config), tokenizer, sample.default_device())
+    device = sample.default_device()
+    return sample.Policy(Qwen2ForCausalLM(config).to(device), tokenizer, device)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ main      the README's first command, its output and its time, in results/gpu-ma
 downloaded. What the minutes do not suffice for is named and left out. On a machine without a GPU the parts
 bf16 and step run on the tiny base: a check of this script, not a measurement.
 """
-import argparse, copy, datetime, itertools, re, statistics, subprocess, sys, tempfile, time
+import argparse, copy, datetime, gc, itertools, os, re, signal, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
@@ -70,24 +70,23 @@ def bf16(shape="Qwen2.5-0.5B", prompts=16, n=8, new_tokens=256):
 
 
 def step(shape="Qwen2.5-1.5B", prompts=32, n=32, new_tokens=512, steps=3):
-    """GRPO steps on problems of 15-20 operations; random weights never end an answer, so each has all its
-    tokens -> rows: medians without the first step, which captures graphs."""
+    """GRPO steps on the same problems of 15-20 operations; random weights never end an answer, so each has all
+    its tokens -> rows: medians without the first step, which captures graphs."""
     policy = policy_of(shape)
     cuda = policy.device.type == "cuda"
     size = ("--ops", "15", "20") if cuda else ()
     args, options = grpo_args(policy, *size, "--prompts", str(prompts), "--n", str(n),
                               "--max-new-tokens", str(new_tokens), "--steps", str(steps))
-    stream = data.generate(seed=1, **options)
-    batches = [list(itertools.islice(stream, prompts)) for _ in range(steps)]
-    longest = max(len(sample.encode_prompt(policy.tokenizer, p.question)) for some in batches for p in some)
+    problems = list(itertools.islice(data.generate(seed=1, **options), prompts))
+    longest = max(len(sample.encode_prompt(policy.tokenizer, problem.question)) for problem in problems)
     limit = grpo.sampler_rows(policy, args, longest)
     predicted = sum(grpo.memory(policy, args, longest, rows=limit).values())
     reference = copy.deepcopy(policy.model).requires_grad_(False)
     optimizer = sft.Optimizer(policy.model, args.lr, args.weight_decay)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    rows = [grpo.take_step(policy, reference, optimizer, some, number, limit, args)[1]
-            for number, some in enumerate(batches, start=1)]
+    rows = [grpo.take_step(policy, reference, optimizer, problems, number, limit, args)[1]
+            for number in range(1, steps + 1)]
     sampled, scored, trained = (statistics.median(row[key] for row in rows[1:] or rows)
                                 for key in ("s_sample", "s_score", "s_train"))
     peak = f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if cuda else "not measured"
@@ -101,12 +100,18 @@ def step(shape="Qwen2.5-1.5B", prompts=32, n=32, new_tokens=512, steps=3):
 def command(words, seconds, folder=ROOT):
     """Run a command, its output passed on -> (seconds, output). Raises subprocess.TimeoutExpired."""
     start = time.time()
-    done = subprocess.run(words, cwd=folder, timeout=seconds, text=True, shell=isinstance(words, str),
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    print(done.stdout[-4000:])
-    if done.returncode:
-        raise RuntimeError(f"exit code {done.returncode}")
-    return time.time() - start, done.stdout
+    process = subprocess.Popen(words, cwd=folder, text=True, shell=isinstance(words, str), start_new_session=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        output, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # a shell's children, too, which would keep the GPU
+        print(process.communicate()[0][-4000:])
+        raise
+    print(output[-4000:])
+    if process.returncode:
+        raise RuntimeError(f"exit code {process.returncode}")
+    return time.time() - start, output
 
 
 def main_command(seconds):
@@ -148,9 +153,13 @@ def main():
     for part in args.only or (PARTS if cuda else ("bf16", "step")):
         try:
             lines = run_part(part, max(1.0, end - time.time()))
-        except (subprocess.TimeoutExpired, RuntimeError) as problem:  # CUDA out of memory is a RuntimeError
-            failed.append(f"{part}: {str(problem).splitlines()[0]}")
+        except Exception as problem:  # whatever it is, the other parts go on
+            failed.append(f"{part}: {sample.one_line(problem)}")
             continue
+        finally:
+            gc.collect()
+            if cuda:
+                torch.cuda.empty_cache()  # the next part may be another process
         if lines:
             text = "\n".join([f"## GPU: {part} ({machine}, PyTorch {torch.__version__}, {datetime.date.today()})", "",
                               *lines]) + "\n"

@@ -112,15 +112,25 @@ def clock(function, *args, **kwargs):
 
 def compare(policy, name, prompts, n, lengths, reps, peers):
     """Time ours and the peers in turn -> table rows."""
-    tokens, times, memory, limit = sum(lengths), {}, "", None
+    tokens, times, memory, limit, too_large = sum(lengths), {}, "", None, []
     for rep in range(reps + 1):  # the first round warms up; our cache and graphs stay for the next one, as in a run of grpo.py
         for peer, function in {"ours": ours, **peers}.items():
-            if policy.device.type == "cuda" and peer == "ours":
+            first = policy.device.type == "cuda" and peer == "ours" and not rep
+            if first:  # what graphs hold for themselves is allocated while they are captured
                 torch.cuda.reset_peak_memory_stats()
-            seconds, result = clock(function, policy, prompts, n, lengths)
+            if peer in too_large:
+                continue
+            try:
+                seconds, result = clock(function, policy, prompts, n, lengths)
+            except torch.OutOfMemoryError:
+                if peer == "ours":
+                    raise
+                too_large.append(peer)
+                torch.cuda.empty_cache()
+                continue
             if peer == "ours":
                 assert [len(rollout.tokens) for group in result for rollout in group] == lengths, "a row did not end at its length"
-                if policy.device.type == "cuda":
+                if first:
                     engine = policy.engine
                     expected = sum(p.nbytes for p in policy.model.parameters()) + engine.kv.nbytes + engine.prompt_kv.nbytes
                     memory = f", peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB (weights and cache: {expected / 2**30:.1f})"
@@ -134,7 +144,7 @@ def compare(policy, name, prompts, n, lengths, reps, peers):
         ratio, middle = statistics.median(b / a for a, b in zip(times["ours"], seconds)), statistics.median(seconds)
         share = f"{limit / middle:.0%} of the limit" + memory * (peer == "ours") if limit else ""
         rows.append(f"| {name}, {peer} | {tokens / middle:,.0f} | {ratio:.2f} x ours' time | {share} |")
-    return rows
+    return rows + [f"| {name}, {peer} | out of memory | | |" for peer in too_large]
 
 
 def check(policy, prompts, steps):
@@ -154,17 +164,24 @@ def main():
     args = parser.parse_args()
     device = sample.default_device()
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-    lines = [f"## Tokens per second of the sampler ({machine}, torch {torch.__version__}, {datetime.date.today()})", "",
-             f"Median of {args.reps} rounds after one that warms up; `python tests/bench_sampler.py --reps {args.reps}`.", "",
-             "| what | useful tokens/s | time (median ratio) | |", "|---|---|---|---|"]
+
+    def write(*lines):  # at once: a run that is cut short leaves its rows
+        print(*lines, sep="\n", flush=True)
+        if args.out:
+            with open(args.out, "a") as file:
+                file.write("\n".join([*lines, ""]))
+
+    write("", f"## Tokens per second of the sampler ({machine}, torch {torch.__version__}, {datetime.date.today()})", "",
+          f"Median of {args.reps} rounds after one that warms up; `python tests/bench_sampler.py --reps {args.reps}`.", "",
+          "| what | useful tokens/s | time (median ratio) | |", "|---|---|---|---|")
     policy, rng = sample.load_policy(sample.TINY_BASE), Random(0)
     prompts = [[rng.randrange(4, 1000) for _ in range(rng.randint(64, 200))] for _ in range(8)]
     check(sample.load_policy(sample.TINY_BASE, dtype=torch.float32), prompts, 64)
     for name, lengths in (("fixed, 128 new", [128] * 64), ("ragged, mean 32 of 128", draw_lengths(64, 32, 128))):
-        lines += compare(policy, f"tiny, 8 x 8, {name}", prompts, 8, lengths, args.reps, {"Hugging Face generate": hugging_face})
+        write(*compare(policy, f"tiny, 8 x 8, {name}", prompts, 8, lengths, args.reps, {"Hugging Face generate": hugging_face}))
     prompts = [[rng.randrange(4, 500) for _ in range(120)] for _ in range(8)]
-    lines += compare(random_policy(SMALL, device, torch.float32), "second shape, 8 x 8, fixed, 128 new", prompts, 8, [128] * 64,
-                     args.reps, {"Hugging Face generate": hugging_face})
+    write(*compare(random_policy(SMALL, device, torch.float32), "second shape, 8 x 8, fixed, 128 new", prompts, 8, [128] * 64,
+                   args.reps, {"Hugging Face generate": hugging_face}))
     if device.type == "cuda":
         for shape in args.shapes:
             policy = random_policy(SHAPES[shape](), device)
@@ -172,14 +189,9 @@ def main():
                 prompts = [[rng.randrange(4, 1000) for _ in range(256)] for _ in range(rows // 32)]
                 peers = {"Hugging Face generate": hugging_face} if rows == args.sequences[0] else {}
                 for name, lengths in (("fixed, 1024 new", [1024] * rows), ("ragged, mean 600, cap 2560", draw_lengths(rows, 600, 2560))):
-                    lines += compare(policy, f"{shape}, {rows} rows, {name}", prompts, 32, lengths, max(1, args.reps // 2), peers)
+                    write(*compare(policy, f"{shape}, {rows} rows, {name}", prompts, 32, lengths, max(1, args.reps // 2), peers))
             del policy
             torch.cuda.empty_cache()
-    text = "\n".join(lines) + "\n"
-    print(text)
-    if args.out:
-        with open(args.out, "a") as file:
-            file.write("\n" + text)
 
 
 if __name__ == "__main__":

@@ -73,6 +73,16 @@ def _with(temperature, parts):
     return logits, targets, temperature, g_logprob, g_entropy
 
 
+@pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("V", [1, 17, 1000, 4097, 151936])
+def test_compiled_kernels_against_fp64(V):
+    """Catches what the interpreter cannot show: a kernel that is right in Python and wrong once compiled."""
+    function = lambda x, y, t: sample.logits_logprobs(x, y, temperature=t, backend="triton")
+    for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
+        parts = [tensor.cuda() for tensor in inputs(7 if V > 5000 else 40, V, dtype)]
+        assert max(errors(function, *_with(0.7, parts))) <= bound
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_offset_strides_and_infinities(backend):
     """Catches m + log d saved as one number, a slice copied whole or read with the wrong stride, and 0 * -inf."""
