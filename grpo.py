@@ -745,6 +745,7 @@ def main():
     source, held_out = problem_source(args, options)
     if args.hand_over:
         return hand_over(policy, list(itertools.islice(source(), args.steps * args.prompts)), args)
+    sft.check_head(policy)
     some = itertools.islice(source(), None if args.data else 64)  # fresh problems have no end
     prompts = [sample.encode_prompt(policy.tokenizer, problem.question) for problem in [*some, *held_out]]
     sample.check_request(policy, prompts, args.n, args.max_new_tokens)
@@ -752,14 +753,15 @@ def main():
     limit = run.state.get("limit") or sampler_rows(policy, args, longest)
     announce(policy, args, options, longest, limit)
     # --lr-decay and --filter look ahead to the last step; without them a run may be made longer
-    run.begin(args, policy.model, free=() if args.lr_decay or args.filter else ["steps"])
+    longer = () if args.lr_decay or args.filter else ("steps",)
+    run.begin(args, policy.model, free=(*longer, *sft.ROUNDING))
     if args.steps < run.state["step"]:
         raise data.InputError(f"--steps {args.steps}: {run.path} is at step {run.state['step']} already")
     # frozen, and made before a resumed run's weights are loaded: it is the SFT policy in any case
     reference = copy.deepcopy(policy.model).requires_grad_(False) if args.beta else None
     optimizer = sft.Optimizer(policy.model, args.lr, args.weight_decay)
     if "optimizer" in run.state:
-        optimizer.load_state(run.state["optimizer"])
+        optimizer.load_state(run.state.pop("optimizer"))
     if args.gradient_checkpointing:
         sft.checkpoint_layers(policy.model)
     train(policy, reference, optimizer, source, held_out, limit, args, run)

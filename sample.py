@@ -96,6 +96,9 @@ def load_policy(path_or_name, device=None, dtype=None):
         info = {"source": path}
         if wrong := [*found["missing_keys"], *found["unexpected_keys"]]:
             raise InputError(f"{path}: its weights do not fit its config (first: {min(wrong)})")
+        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        if head is not None and head.weight is not embedding.weight:  # whatever the config says of them
+            model.config.tie_word_embeddings = False
     check_tensors(path, model.state_dict().values())
     if tokenizer.eos_token_id is None:
         raise InputError(f"{path}: its tokenizer has no end token, so a response could never end; "
@@ -324,7 +327,9 @@ def prompt_text(tokenizer, question):
     messages = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": question}]
     # the template writes its own BOS where it wants one; those of "thinking" models write <think> themselves
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        # Llama 3's templates would write today's date into the prompt, and each day train another one
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True,
+                                             date_string="26 Jul 2024")
     except Exception as error:  # a template is a program, and some refuse a system message
         raise InputError(f"the tokenizer's chat template fails ({one_line(error)})") from None
     return (text.rstrip().removesuffix("<think>") if text.rstrip().endswith("<think>") else text) + "<think>"
@@ -778,8 +783,10 @@ def cache_bytes(model):
 
 
 def row_bytes(model, length):
-    """Bytes of a row of `length` tokens with a prompt of its own: cache, logits and what `draw` makes."""
-    logits = 8 * model.config.get_text_config().vocab_size * next(model.parameters()).element_size()
+    """Bytes of a row of `length` tokens with a prompt of its own: cache, logits and what `draw` makes; the
+    slow decoder has logits at every position."""
+    positions = 8 + length * bool(why_not_ours(model))
+    logits = positions * model.config.get_text_config().vocab_size * next(model.parameters()).element_size()
     return cache_bytes(model) * length + logits
 
 

@@ -174,6 +174,23 @@ REMEDIES = {"activations": "lower --micro-tokens or pass --gradient-checkpointin
             "sampler": "lower --max-new-tokens", "reference": "--beta 0 keeps no reference"}
 
 
+@torch.no_grad()
+def check_head(policy):
+    """Raise InputError where lm_head.weight @ model.model(...), from which all losses here take their logits,
+    is not what the model itself computes: some scale its logits, cut them, or add a bias."""
+    model, ids = policy.model, torch.arange(16, device=policy.device)[None]
+    try:
+        theirs = model(input_ids=ids, use_cache=False).logits
+        ours = model.model(input_ids=ids, use_cache=False).last_hidden_state @ model.lm_head.weight.T
+        close = 1e-4 if theirs.dtype == torch.float32 else 2e-2
+        same = model.lm_head.bias is None and (ours - theirs).abs().max() <= close * theirs.abs().max()
+    except AttributeError:  # parts of other names
+        same = False
+    if not same:
+        raise data.InputError(f"a model of type {model.config.model_type} cannot be trained here, since its "
+                              "logits are not its head's product alone; take a Qwen2/2.5, Qwen3 or Llama 3")
+
+
 def describe_memory(parts, free):
     """The start line: the predicted peak and its parts, and what to lower where that is more than is free."""
     total, by_size = sum(parts.values()), sorted(parts, key=lambda name: -parts[name])
@@ -212,6 +229,7 @@ class Log:
         cells = [values.get(column, "") for column in self.columns]
         self.writer.writerow([f"{cell:.6g}" if isinstance(cell, float) else cell for cell in cells])
         self.file.flush()
+        os.fsync(self.file.fileno())  # as the saved state is: it may not be ahead of the log
 
 
 class CtrlC:
@@ -237,6 +255,7 @@ class CtrlC:
 # may change when a run goes on: they name files, whose contents are compared, or touch nothing computed
 FREE = {"ckpt", "model", "data", "out", "export", "resume", "save_every", "eval_every", "eval_n", "patience",
         "command"}
+ROUNDING = ("micro_tokens", "gradient_checkpointing")  # may, too, where an update adds up micro-batches
 HELD_OUT = {"eval_every", "eval_n"}  # but these say which problems of --data are held out of the training
 
 
@@ -283,7 +302,8 @@ class Run:
             if not all(isinstance(self.state.get(name), kind) for name, kind in kinds.items()):
                 raise data.InputError(f"{self.path}: not a saved state; delete it to start anew")
         elif resume and os.path.exists(out):
-            print(f"{out} is finished: nothing to resume (with which flags it was made is not looked at)")
+            print(f"{out} is finished: nothing to resume (with which flags it was made is not looked at, nor "
+                  "whether the folder of an --export is whole)")
             raise SystemExit(0)
         elif resume:
             print(f"there is no {self.path}, so nothing to resume: starting anew")
@@ -339,7 +359,7 @@ def add_run_flags(parser, out):
         help="train nothing: write the policy, the data and these settings for TRL and verl")
     add("--weight-decay", type=data.not_negative, default=0.01)
     add("--micro-tokens", type=data.positive_int, default=4096,
-        help="tokens in one forward pass: lower it when memory runs out")
+        help="tokens in one forward pass (in pretraining, of one update): lower it when memory runs out")
     add("--gradient-checkpointing", action="store_true",
         help="keep layer inputs only and compute the rest twice: less memory, slower")
 
@@ -381,7 +401,7 @@ def check_files(args, parser, start):
     """Refuse flags that contradict each other on what is read, and claim what the run will write. start: the
     file or name that the weights come from."""
     if args.hand_over:
-        parser.refuse(args, ("resume", "export"), "with --hand-over, which trains nothing")
+        parser.refuse(args, ("resume", "export", "out"), "with --hand-over, which trains nothing")
     stem = args.out.removesuffix(".pt")
     if stem == args.out or stem.endswith(".state"):
         raise data.InputError(f"--out {args.out}: must end in .pt, but not in .state.pt")
@@ -437,7 +457,7 @@ def train(policy, examples, args, run, log):
     """Fine-tune policy.model in place on (prompt, response) token lists, from the last saved step on."""
     optimizer, first = Optimizer(policy.model, args.lr, args.weight_decay), run.state["step"]
     if first:
-        optimizer.load_state(run.state["optimizer"])
+        optimizer.load_state(run.state.pop("optimizer"))
     batches = draw_batches(len(examples), args.batch, args.epochs, args.seed)
     progress = tqdm(batches[first:], "sft", total=len(batches), initial=first, unit="step", mininterval=1)
     with run.ctrl_c:
@@ -765,11 +785,14 @@ class MuonAdamW:
         self.parts = [Muon(matrices, lr), adam]
 
     def step(self, factor):
-        torch.nn.utils.clip_grad_norm_(self.params, 1.0)
+        """Returns the gradient's norm before it is clipped; if that is not finite, no weight is touched."""
+        norm = torch.nn.utils.clip_grad_norm_(self.params, 1.0).item()
         for part in self.parts:
             part.param_groups[0]["lr"] = self.lr * factor
-            part.step()
+            if math.isfinite(norm):
+                part.step()
             part.zero_grad()
+        return norm
 
     def state(self):
         return {"parts": [part.state_dict() for part in self.parts],
@@ -794,10 +817,11 @@ def draw_pool(tokenizer, number, progress, args):
 
 
 def pretrain_step(policy, batch, optimizer, factor):
-    """One update on the mean log-prob of the responses' tokens -> the loss."""
+    """One update on the mean log-prob of the responses' tokens -> (loss, gradient norm)."""
     model, kind = policy.model, policy.device.type
     # bf16 where the machine has it: a CPU without would take 20 times as long as with fp32
-    bf16 = kind == "cuda" or (kind == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    bf16 = kind == "cuda" or (kind == "cpu" and torch.backends.mkldnn.is_available()
+                              and torch.ops.mkldnn._is_mkldnn_bf16_supported())
     inputs, targets = collate(batch, policy.device, policy.tokenizer.pad_token_id)
     kept = targets != sample.IGNORE
     with torch.autocast(kind, torch.bfloat16, enabled=bf16):
@@ -805,8 +829,7 @@ def pretrain_step(policy, batch, optimizer, factor):
         logits = model.lm_head(hidden[kept]).float()  # (response tokens, V)
     loss = torch.nn.functional.cross_entropy(logits, targets[kept])
     loss.backward()
-    optimizer.step(factor)
-    return loss.item()
+    return loss.item(), optimizer.step(factor)
 
 
 def schedule(updates, progress):
@@ -820,7 +843,7 @@ def pretrain(policy, args, run):
     optimizer = MuonAdamW(policy.model, args.lr)
     pool, seen, updates = run.state["step"], run.state.get("seen", 0), run.state.get("updates", 0)
     if pool:
-        optimizer.load_state(run.state["optimizer"])
+        optimizer.load_state(run.state.pop("optimizer"))
     exam = Exam(policy, args)
     columns = ["pool", "tokens", "loss", "tokens_per_s", "lr", *SKILLS, "right"]
     log = Log(args.out.removesuffix(".pt") + ".csv", columns, keep=pool // EXAM_EVERY)
@@ -829,7 +852,9 @@ def pretrain(policy, args, run):
         losses, before, start = [], seen, time.time()
         for batch in draw_pool(policy.tokenizer, pool, seen / args.tokens, args):
             factor = schedule(updates, seen / args.tokens)
-            losses.append(pretrain_step(policy, batch, optimizer, factor))
+            loss, norm = pretrain_step(policy, batch, optimizer, factor)
+            check_finite(updates + 1, loss, norm, "begin anew under another --out with a lower --lr")
+            losses.append(loss)
             seen += sum(len(prompt) + len(response) for prompt, response in batch)
             updates += 1
         pool, last = pool + 1, seen >= args.tokens
@@ -994,6 +1019,7 @@ def main():
     examples = load_examples(policy, problems, args.max_length)
     if args.hand_over:
         return hand_over_sft(policy, problems, args)
+    check_head(policy)
     lengths = [len(prompt) + len(response) for prompt, response in examples]
     tokens = max(args.micro_tokens, *lengths)
     print(sample.describe(policy))
@@ -1001,7 +1027,7 @@ def main():
           f"each; batch {args.batch}, lr {args.lr}, {args.epochs} epochs; writes {args.out}")
     print(describe_memory(predict_memory(policy.model, tokens, checkpointing=args.gradient_checkpointing),
                           free_memory(policy.model)))
-    run.begin(args, policy.model)
+    run.begin(args, policy.model, free=ROUNDING)
     if args.gradient_checkpointing:
         checkpoint_layers(policy.model)
     columns = ["step", "loss", "tokens_per_s", "lr"]

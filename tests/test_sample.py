@@ -383,6 +383,36 @@ def test_checkpoint_round_trip(family, tmp_path):
     assert os.listdir(tmp_path) and not [f for f in os.listdir(tmp_path) if f.endswith(".tmp")]
 
 
+def test_a_head_of_its_own_under_a_config_that_says_tied(tmp_path):
+    """Catches a .pt in which the head has overwritten the embedding, since the config of its folder called the two one."""
+    model = make_model("qwen2")
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
+    model.save_pretrained(tmp_path / "hf")
+    make_tokenizer().save_pretrained(tmp_path / "hf")
+    config = tmp_path / "hf" / "config.json"
+    config.write_text(config.read_text().replace('"tie_word_embeddings": false', '"tie_word_embeddings": true'))
+    folder, ids = sample.load_policy(tmp_path / "hf", device="cpu"), torch.tensor([ragged_prompts(1)[0]])
+    sample.save_policy(tmp_path / "p.pt", folder)
+    assert torch.equal(folder.model(ids).logits, model(ids).logits)
+    assert torch.equal(sample.load_policy(tmp_path / "p.pt", device="cpu").model(ids).logits, model(ids).logits)
+
+
+def test_a_prompt_does_not_depend_on_the_day():
+    """Catches Llama 3's template, which writes today's date where no other is given."""
+    template = "{% if not date_string is defined %}{{ strftime_now('%d %b %Y %f') }}{% else %}{{ date_string }}{% endif %}<think>"
+    tokenizer = make_tokenizer(template=template)
+    assert sample.prompt_text(tokenizer, "x") == "26 Jul 2024<think>"
+
+
+def test_the_slow_decoder_asks_for_logits_everywhere():
+    """Catches a batch whose logits, at every position, are many times what was reserved for it."""
+    model = make_model("gpt2")
+    assert sample.row_bytes(model, 200) - sample.cache_bytes(model) * 200 == 208 * VOCAB * 4
+    fast = make_model("qwen2")
+    assert sample.row_bytes(fast, 200) - sample.cache_bytes(fast) * 200 == 8 * VOCAB * 4
+
+
 def test_bad_checkpoints_get_one_sentence(tmp_path):
     """Catches a traceback, or code run from a file, where the user needs the file's name and what to do."""
     good = tmp_path / "good.pt"

@@ -2,6 +2,7 @@
 import csv
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -255,3 +256,44 @@ def test_bad_input_is_one_sentence(script, tmp_path, tiny_file, arguments, words
     assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
     assert all(word in last for word in words), result.stderr
     assert not (tmp_path / "sft.pt").exists()
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "granite", "gemma2", "gpt2"])
+def test_models_whose_logits_are_not_the_heads_product_are_refused(family):
+    """Bug: another distribution than the model's own trained without a word: Granite divides its logits, Gemma 2 cuts
+    them; GPT-2's parts have other names."""
+    import transformers
+    from test_sample import make_model
+    size = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+                num_key_value_heads=2, head_dim=16)
+    other = {"granite": lambda: transformers.GraniteForCausalLM(transformers.GraniteConfig(**size, logits_scaling=8.0)),
+             "gemma2": lambda: transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**size, final_logit_softcapping=0.1))}
+    policy = SimpleNamespace(model=other[family]() if family in other else make_model(family), device="cpu")
+    if family in ("qwen2", "qwen3", "llama"):
+        return sft.check_head(policy)
+    with pytest.raises(data.InputError, match=f"type {family} cannot be trained here"):
+        sft.check_head(policy)
+
+
+def test_what_changes_rounding_alone_may_change_on_the_way(tiny):
+    """Bug: the README's remedies for too little memory refused by --resume."""
+    model = tiny().model
+    args = dict(lr=1e-3, micro_tokens=4096, gradient_checkpointing=False, data=None)
+    before, after = (sft.identity(SimpleNamespace(**args | changed), model, sft.ROUNDING)
+                     for changed in ({}, dict(micro_tokens=64, gradient_checkpointing=True)))
+    assert before == after != sft.identity(SimpleNamespace(**args | dict(lr=1e-4)), model, sft.ROUNDING)
+
+
+def test_a_pretraining_that_blows_up_keeps_its_weights(tiny):
+    """Bug: a NaN in one gradient that clipping spreads to every weight, and the next save to the disk."""
+    policy = tiny()
+    optimizer, before = sft.MuonAdamW(policy.model, 1e-3), [p.clone() for p in policy.model.parameters()]
+    for p in policy.model.parameters():
+        p.grad = torch.full_like(p, 0.1)
+    next(policy.model.parameters()).grad[0] = torch.nan
+    assert not optimizer.step(1.0) < 1e9
+    assert all(torch.equal(a, b) for a, b in zip(before, policy.model.parameters()))
+    for p in policy.model.parameters():
+        p.grad = torch.full_like(p, 0.1)
+    assert 0 < optimizer.step(1.0) < 1e9
+    assert not any(torch.equal(a, b) for a, b in zip(before, policy.model.parameters()))
