@@ -40,7 +40,7 @@ Where we depart from the released generator and the paper:
 """
 import argparse, hashlib, io, json, math, multiprocessing, os, re, signal, sys, tempfile, threading, time
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
@@ -457,7 +457,8 @@ class IGSM:
         for world in WORLDS:
             found = {}
             for category, groups in world.items():
-                names = [name for name in sum(groups, []) if re.search(rf"\b{name}\b", question)]
+                names = [name for name in sum(groups, [])
+                         if name in question and re.search(rf"\b{name}\b", question)]
                 if names:
                     found[category] = names
             if len(found) > 1 and re.search(self.names(found), question):
@@ -508,11 +509,17 @@ class IGSM:
             if match and i == len(sentences):
                 link, equation = match[1] or "", match[2]
             elif match := re.fullmatch(r".*\b[Ii]t equals (.+)\.", sentence):
+                if analysis:  # a second one: the first would go unchecked
+                    return None
                 analysis = unmask(match[1])
             elif "<" in sentence:
+                if missing:
+                    return None
                 missing = tuple(quantities[int(k)] for k in re.findall(r"<([0-9]+)>", sentence))
             else:
                 head.append(sentence)
+        if first.count("<") > 1 or any("=" in words for words in (*head, link)):
+            return None  # it says more than that a step begins, and nobody would check it
         letters = re.findall(r"(?<![\w'<])([A-Za-z])(?![\w'>])", " ".join(head))
         letter = equation[:1] or (letters[0] if letters else "")
         if not letter or (letters and letters[0] != letter) or bool(equation) == bool(missing):
@@ -720,7 +727,8 @@ def finish(problem, order, rng, tidy=False):
 LARGEST = 10**100  # no quantity may reach this: a hostile question that squares and squares would never end
 MOST_NODES = 400    # implied ones included: recursion over them stays far from Python's limit of 1,000 calls
 MOST_PARENTS = 100  # of one node; our own problems have at most 217 nodes, and 8 parents of one
-LONGEST = 200_000   # bytes of a record; our own have at most 20,000
+LONGEST = 200_000   # bytes of a record; our own have at most 30,000
+LONGEST_LINE = 5_000  # characters of a question's line: more would keep a regular expression busy
 
 
 def read_question(question, categories=None):
@@ -728,11 +736,16 @@ def read_question(question, categories=None):
 
     categories: {category: [items]}, lowest layer first; None: found among our own names. Raises ValueError
     naming the line where the text breaks the grammar, contradicts itself, defines too little or too much."""
-    *premises, asked = question.strip("\n").split("\n")
+    *premises, asked = lines = question.strip("\n").split("\n")
+    if long := [number for number, line in enumerate(lines, 1) if len(line) > LONGEST_LINE]:
+        raise ValueError(f"line {long[0]}: over {LONGEST_LINE:,} characters")
     last = f"line {len(premises) + 1}"
     name = next((name for name, task in TASKS.items() if task.read_asked(asked)), "igsm")
     task, nodes = TASKS[name], {}
     categories = categories or task.find_categories(question)
+    items = sum(categories.values(), [])
+    if len(items) > MOST_NODES or len(set(items)) < len(items):
+        raise ValueError(f"line 1: the categories hold over {MOST_NODES} items, or one twice")
     names = task.names(categories)
     for number, line in enumerate(premises, 1):
         node = task.read_premise(line, names)
@@ -745,7 +758,11 @@ def read_question(question, categories=None):
     if not target:
         raise ValueError(f"{last}: not a question: '{asked[:200]}'")
     try:
-        add_implied(nodes, task.read_implied(nodes, categories), [target])
+        implied = task.read_implied(nodes, categories)
+        for number, clash in enumerate(nodes, 1):
+            if clash in implied:
+                raise ValueError(f"line {number}: '{clash}' is implied, it cannot be set as well")
+        add_implied(nodes, implied, [target])
     except KeyError as missing:
         where = next((i for i, line in enumerate(premises, 1) if missing.args[0] in line), len(premises) + 1)
         raise ValueError(f"line {where}: '{missing.args[0]}' is neither described nor implied") from None
@@ -859,6 +876,19 @@ def symbols_left(tokens):
     return sum(t in ("+", "-", "*") for t in tokens)
 
 
+def one_step(side, after):
+    """Whether `after` is `side` with one operation carried out, any that stands between two numbers."""
+    for i in range(len(side) - 2):
+        a, symbol, b = side[i:i + 3]
+        if isinstance(a, int) and isinstance(b, int) and symbol not in ("(", ")"):
+            value, before, behind = (evaluate((a, symbol, b)),), side[:i], side[i + 3:]
+            if before[-1:] + behind[:1] == ("(", ")") and after == before[:-1] + value + behind[1:]:
+                return True
+            if after == before + value + behind:
+                return True
+    return False
+
+
 def check_equation(node, equation, letters, values, task, subgoal):
     """The equation of a step on `node` -> (its value, whether it computes subgoals). Raises Mistake.
 
@@ -883,7 +913,7 @@ def check_equation(node, equation, letters, values, task, subgoal):
     for side in numbers:
         if evaluate(side) != truth:
             raise Mistake("arithmetic", f"{show(side)} is not {truth}")
-    single = [symbols_left(side) for side in numbers] == list(range(symbols_left(formula), -1, -1))
+    single = symbols_left(numbers[0]) == symbols_left(formula) and all(map(one_step, numbers, numbers[1:]))
     if subgoal and not single:
         raise Mistake("arithmetic", "more than one operation in an equality")
     return truth, single and has_subgoals(equation, task)
@@ -1000,7 +1030,7 @@ CHUNK = 64  # draws that a worker makes at a time
 
 def fingerprint(question):
     """64 bits of the sorted premises and the question line: the same problem in any order of premises."""
-    *premises, asked = question.split("\n")
+    *premises, asked = question.replace("\r\n", "\n").strip().split("\n")
     text = "\n".join(sorted(premises) + [asked])
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
@@ -1037,8 +1067,13 @@ def draw_chunks(draw, workers):
     if workers == 1:
         yield from map(draw, starts)  # it never ends: what follows is for several
     with ProcessPoolExecutor(workers, initializer=follow_parent) as pool:
-        while True:  # in rounds, since `map` starts on all that it is given
-            yield from pool.map(draw, islice(starts, 16 * workers))
+        try:
+            while True:  # in rounds, since `map` starts on all that it is given
+                yield from pool.map(draw, islice(starts, 16 * workers))
+        except (OSError, BrokenExecutor) as error:  # one was killed, or could not be started
+            for worker in multiprocessing.active_children():  # those that were begun would wait for ever
+                worker.kill()
+            raise InputError(f"--workers {workers}: a process failed ({error}); use fewer") from None
 
 
 def keep_distinct(chunks, rejected):
@@ -1302,12 +1337,22 @@ def release():
             os.remove(file.name)
 
 
+def mode_of(path):
+    """The permissions of a file, or those that a new one gets."""
+    with suppress(OSError):
+        return os.stat(path).st_mode & 0o777
+    umask = os.umask(0)  # it can be read by setting it alone
+    os.umask(umask)
+    return 0o666 & ~umask
+
+
 @contextmanager
 def replacing(path, mode="w"):
     """A temporary file beside `path` that takes its place when the block ends without an error: a crash, a
     full disk or Ctrl-C leaves the old file or the new one, never half a one. Raises InputError where it
     cannot be written."""
-    path, text = os.fspath(path), {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+    path = os.path.realpath(path)  # what a link leads to is replaced, not the link
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
     folder, name = os.path.split(path)
     temporary = None
     try:
@@ -1316,7 +1361,7 @@ def replacing(path, mode="w"):
             yield file
             file.flush()
             os.fsync(handle)
-        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read
+        os.chmod(temporary, mode_of(path))  # mkstemp makes files that only their owner can read
         os.replace(temporary, path)
         temporary = None
     except (OSError, RuntimeError) as error:
@@ -1366,6 +1411,7 @@ def from_record(record, graph=False):
         if read.answer != problem.answer:
             raise ValueError(f"the question's answer is {read.answer}, not {problem.answer}")
         problem.target, problem.nodes, problem.categories = read.target, read.nodes, read.categories
+        problem.ops = record.get("ops", read.ops)
     return problem
 
 

@@ -188,6 +188,9 @@ def make_records(problems, path, method, options, counts):
         if method in ("bridge", "rc-aug") and (plain.reflections or plain.analyses):
             raise data.InputError(f"{path}, problem {problem.id}: its answer holds behaviors already; give "
                                   "plain answers")
+        if method == "rc-aug" and plain.redundant:
+            raise data.InputError(f"{path}, problem {problem.id}: its answer has a step that the question "
+                                  "does not need, which could end up last; give plain answers")
         for question, response in augment(problem, method, **options):
             report = checked(problem, response)
             example = {"id": counts["examples"], "question": question, "response": response}
@@ -208,7 +211,7 @@ def main():
     add("--p-analysis", type=data.share, help="the same for analyses alone")
     add("--p-reflection", type=data.share, help="the same for reflections alone")
     add("--official", action="store_true", help="reflections and analyses as the released code draws them")
-    add("--copies", type=data.positive_int, default=4,
+    add("--copies", type=data.number(int, 1, 1000, "a whole number from 1 to 1000"), default=4,
         help="examples a problem with pp-aug and rc-aug, with the original")
     add("--seed", type=data.natural, help="default: 0 (without a file: 5)")
     add("--out", help="JSONL file to write")
@@ -218,12 +221,18 @@ def main():
     if args.method != "bridge":
         parser.refuse(args, ("behaviors", "p", "p_analysis", "p_reflection", "official"),
                       f"with --method {args.method}")
+    behaviors = f"with --behaviors {' '.join(args.behaviors)}"
+    drawn = [name for name in ("analysis", "reflection") if name in args.behaviors]
+    for name in {"analysis", "reflection"}.difference(drawn):
+        parser.refuse(args, (f"p_{name}",), behaviors)
+    if not drawn:
+        parser.refuse(args, ("p", "official"), behaviors)
     if args.official:
         parser.refuse(args, ("p_analysis",), "with --official, where the in-degree decides")
-    for behavior in {"analysis", "reflection"}.difference(args.behaviors):
-        parser.refuse(args, (f"p_{behavior}",), f"with --behaviors {' '.join(args.behaviors)}")
-    if not {"analysis", "reflection"}.intersection(args.behaviors):
-        parser.refuse(args, ("p",), f"with --behaviors {' '.join(args.behaviors)}")
+        if drawn == ["analysis"]:
+            parser.refuse(args, ("p",), "with --official and without reflections: the in-degree decides")
+    if args.method == "vanilla":
+        parser.refuse(args, ("seed",), "with --method vanilla")
     if args.method in ("vanilla", "bridge"):
         parser.refuse(args, ("copies",), f"with --method {args.method}")
     if args.seed is None:

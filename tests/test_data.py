@@ -2,7 +2,7 @@
 
 BRIDGE_FULL=1 runs the same tests over 20,000 problems a setting (200 a corruption, 200,000 random endings)
 and prints the figures; with -s they are shown."""
-import doctest, hashlib, json, os, random, re, time
+import doctest, hashlib, json, os, random, re, signal, time
 from collections import Counter
 from dataclasses import replace
 from itertools import islice, product
@@ -739,3 +739,86 @@ def test_without_arguments(script):
     done = script("data.py")
     assert done.returncode == 0
     assert "How many" in done.stdout and " +-- each " in done.stdout and "</answer>" in done.stdout
+
+
+FARM = """The number of each Tall Barn's Tin Crate equals 5 more than each Old Barn's Crate.
+The number of each Old Barn's Tin Crate equals 2.
+The number of each Tall Barn's Pine Crate equals 3 times each Old Barn's Tin Crate.
+The number of each Old Barn's Pine Crate equals 4.
+How many Tin Crate does each Tall Barn have?"""
+
+
+@pytest.mark.parametrize("line, right", [
+    ("- Let a be the number of each Old Barn's Tin Crate. Then a = 2.", True),
+    ("- Let a be the number of each Old Barn's Tin Crate. Then a = 3. Then a = 2.", False),
+    ("- Let a be the number of each Old Barn's Tin Crate. And 7 = 8. Then a = 2.", False),
+    ("- Let a be the number of each Old Barn's Tin Crate. Then 7 = 8, so a = 2.", False),
+    ("- Let a be the number of each Old Barn's Tin Crate and equals 9 times each Tall Barn's Pine Crate. Then a = 2.", False),
+    ("- Let a be the number of each Old Barn's Tin Crate. It equals 2. Then a = 2.", True),
+    ("- Let a be the number of each Old Barn's Tin Crate. It equals 7. It equals 2. Then a = 2.", False),
+    ("- Let c be the number of each Tall Barn's Pine Crate. But each Old Barn's Tin Crate must be known first, so c has to "
+     "wait.", True),
+    ("- Let c be the number of each Tall Barn's Pine Crate. But each Old Barn's Crate must be known first. But each Old "
+     "Barn's Tin Crate must be known first, so c has to wait.", False)])
+def test_nothing_in_a_line_goes_unchecked(line, right):
+    """Bug: a false equation, premise or reflection that a later one on the same line hides."""
+    report = data.check_trace(data.read_question(FARM), f"<think>\n{line}\n</think>\n<answer>\n</answer>")
+    assert (report.steps + report.reflections == 1) == right
+    assert right or report.error.kind == "format"
+
+
+@pytest.mark.parametrize("sides, right", [
+    ("2 + 4 + 3 = 6 + 3 = 9", True), ("2 + 4 + 3 = 2 + 7 = 9", True), ("2 * (4 + 3) = 2 * 7 = 14", True),
+    ("2 * (4 + 3 - 1) = 2 * (7 - 1) = 2 * 6 = 12", True), ("2 + 4 + 3 = 9 + 0 = 9", False), ("2 + 4 + 3 = 3 * 3 = 9", False),
+    ("2 + 4 + 3 = 9", False), ("2 * (4 + 3) = (14 + 0) = 14", False)])
+def test_a_subgoal_is_one_operation_of_the_side_before(sides, right):
+    """Bug: operations counted and not looked at, so that "9 + 0" passed for a subgoal of 2 + 4 + 3."""
+    first, *others = [data.read_side(side) for side in sides.split(" = ")]
+    assert all(map(data.one_step, [first, *others], others)) == right
+
+
+@pytest.mark.parametrize("question, categories, words", [
+    (FARM.replace("Pine Crate equals 4.", "Pine Crate equals 4.\nThe number of each Old Barn's Crate equals 100."), None,
+     "line 5: 'each Old Barn's Crate' is implied"),
+    ("The number of each b's a equals 1.\nHow many A does each b have?", {"A": ["a", "a"], "B": ["b"]}, "one twice"),
+    ("The number of each b's a0 equals 1.\nHow many a0 does each b have?",
+     {"A": [f"a{i}" for i in range(1000)], "B": ["b"]}, "over 400 items"),
+    ("How many" + " x does each" * 4000 + " y have?", None, "line 1: over 5,000 characters")])
+def test_questions_that_contradict_themselves_or_never_end(question, categories, words):
+    """Bugs: a premise that overrides an implied sum; an item that counts twice; a text that takes minutes to read."""
+    with pytest.raises(ValueError, match=words):
+        data.read_question(question, categories)
+
+
+def test_the_split_of_a_text_with_other_line_ends():
+    """Bug: a problem in another split once a file has put a line end behind its question."""
+    assert len({data.split_of(text) for text in (FARM, FARM + "\n", FARM.replace("\n", "\r\n"), FARM + " ")}) == 1
+
+
+def test_a_record_without_operations_gets_those_of_its_question():
+    """Bug: "ops": 0 written for a record that came without the field."""
+    record = {"question": FARM, "answer": 11}
+    assert data.from_record(record, graph=True).ops == 4 and data.from_record(record | {"ops": 7}, graph=True).ops == 7
+
+
+def killed(start):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_is_killed_is_one_sentence():
+    """Bug: a traceback, or a wait without end, where a process of --workers was killed or could not be started."""
+    with pytest.raises(data.InputError, match="--workers 2: a process failed"):
+        next(data.draw_chunks(killed, 2))
+
+
+def test_a_link_and_a_files_permissions_stay(tmp_path):
+    """Bug: a link replaced by a file, its target left as it was; a private file that all can read."""
+    (tmp_path / "there").write_text("old")
+    (tmp_path / "there").chmod(0o600)
+    (tmp_path / "link").symlink_to("there")
+    data.write_records(tmp_path / "link", [{"id": 0}])
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "there").read_text() == '{"id": 0}\n'
+    assert (tmp_path / "there").stat().st_mode & 0o777 == 0o600
+    data.write_records(tmp_path / "new", [])
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "new").stat().st_mode == (tmp_path / "plain").stat().st_mode
