@@ -200,8 +200,7 @@ def make_records(problems, path, method, options, counts):
                 counts[name] += getattr(report, name)
 
 
-def main():
-    parser = data.Parser(__doc__)
+def add_flags(parser):
     add = parser.add_argument
     add("file", nargs="?", help="JSONL of problems with plain answers; without it one problem is shown")
     add("--method", choices=["vanilla", "bridge", "pp-aug", "rc-aug"], default="bridge")
@@ -215,7 +214,10 @@ def main():
         help="examples a problem with pp-aug and rc-aug, with the original")
     add("--seed", type=data.natural, help="default: 0 (without a file: 5)")
     add("--out", help="JSONL file to write")
-    args = parser.parse_args()
+
+
+def check(args, parser):
+    """Refuse flags that would have no effect, each in one sentence."""
     if not args.file:
         parser.refuse(args, ("method", "copies", "out"), "without a file to read")
     if args.method != "bridge":
@@ -235,6 +237,13 @@ def main():
         parser.refuse(args, ("seed",), "with --method vanilla")
     if args.method in ("vanilla", "bridge"):
         parser.refuse(args, ("copies",), f"with --method {args.method}")
+
+
+def main():
+    parser = data.Parser(__doc__)
+    add_flags(parser)
+    args = parser.parse_args()
+    check(args, parser)
     if args.seed is None:
         args.seed = 0 if args.file else 5
     both = args.p if args.p is not None else 0.1 if args.file else 0.4

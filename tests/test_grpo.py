@@ -879,7 +879,7 @@ def test_ctrl_c_saves_and_resume_goes_on(chapter, start, script, tmp_path, tiny_
     other = tmp_path / "other.pt"
     sample.save_policy(other, sft.tiny_policy(width=32, layers=2, heads=2, seed=9))
     for changed, words in ((["--lr", "0.5"], "--lr"), (["--seed", "7"], "--seed"),
-                           (["--ops", "1", "2"], "--ops"), (["--beta", "0.5"], "--beta"),
+                           (["--ops", "1", "2"], "--ops"), (["--weight-decay", "0.5"], "--weight-decay"),
                            ([start[-1], str(other)], "checksum")):
         refused = script(*base, "--out", "run.pt", "--resume", *changed)
         assert refused.returncode == 2, refused.stderr
