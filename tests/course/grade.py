@@ -363,7 +363,9 @@ def run_in_sandbox(exercise, number, submission, seed, whole, limits, cache):
         return {"error": f"{exercise.chapter}.py holds no function {missing.args[0]}"}
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         return {"error": f"{exercise.chapter}.py: {type(error).__name__}: {error}"}
-    key = number, seed, hashlib.sha256(repr(sorted(files.items())).encode()).digest()  # it shows no solution
+    texts = b"".join(hashlib.sha256(part).digest() for name, text in sorted(files.items())
+                     for part in (name.encode(), text))
+    key = number, seed, texts  # a hash shows no solution
     if key not in cache:
         with tempfile.TemporaryDirectory() as folder:
             os.umask(0o022)
