@@ -427,7 +427,7 @@ def test_the_second_update_is_clipped_as_its_formula_says(options, tiny, batch):
 
 def test_the_log_of_a_step_by_hand(tiny, batch):
     """Bugs: means over padded tokens or over rows; a KL against the policy after its update; the drift
-    without its sign taken off."""
+    without its sign taken off; a loss summed over updates; a KL of 0 where no reference measured one."""
     policy, reference = tiny(), tiny(1).model
     off = replace(batch, logprobs=[[x + (0.5 if i % 2 else -0.1) for i, x in enumerate(row)]
                                    for row in batch.logprobs])
@@ -445,6 +445,10 @@ def test_the_log_of_a_step_by_hand(tiny, batch):
         entropy += (-(pi.exp() * pi).sum(-1)).tolist()
     assert row["kl"] == pytest.approx(sum(kl) / len(kl), rel=1e-4)
     assert row["entropy"] == pytest.approx(sum(entropy) / len(entropy), rel=1e-5)
+    once, twice = (grpo.train_step(policy, reference, Recorder(policy.model), off, arguments(epochs=epochs))["loss"]
+                   for epochs in (1, 2))  # no weight moves in between
+    assert once == pytest.approx(twice, rel=1e-5) and abs(once) > 1e-6
+    assert math.isnan(grpo.train_step(policy, None, Recorder(policy.model), off, arguments(beta=0))["kl"])
 
 
 def test_shares_of_groups_by_hand(monkeypatch):
@@ -804,12 +808,12 @@ LEARNING = ["--steps", 12, "--entropy", 0.05, "--lr", 1e-3, *SMALL]
 def whole(tmp_path_factory, tiny_file):
     """12 steps in one go: weights and rows at the end, and the optimizer after step 11."""
     folder = tmp_path_factory.mktemp("whole")
-    keep = ("import sys; sys.path.insert(0, sys.argv[1]); import sft, grpo, data; "
-            "sft.Run.finish = lambda run: None; "
-            "sys.argv = sys.argv[1:]; data.run_cli(grpo.main)")
-    command = [sys.executable, "-c", keep, ROOT, "--ckpt", tiny_file, *LEARNING, "--save-every", 11, "--out",
-               "run.pt"]
-    subprocess.run([str(c) for c in command], cwd=folder, check=True, capture_output=True)
+    command = ["grpo.py", "--ckpt", tiny_file, *LEARNING, "--save-every", 11, "--out", "run.pt"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", [str(c) for c in command])
+        patch.setattr(sft.Run, "finish", lambda run: None)  # the last saved state stays
+        data.run_cli(grpo.main)
     return *outcome(folder, "run"), torch.load(folder / "run.state.pt", weights_only=True)["optimizer"]
 
 

@@ -130,6 +130,7 @@ def paste(reference, submission, names):
 
 
 # ------------------------------------------------------------------------- 2. A check in a process of its own
+@functools.cache
 def preload():
     """Import what the chapters import, once, and use it: children start with it, and can have it even where
     Python lies in a folder that only root can read."""
@@ -399,6 +400,7 @@ def grade(submission, seed, limits=(10, 2), chosen=None, cache=None):
         raise Ungradable(f"--exercises {missing[0]}: not in this copy, which holds "
                          + ", ".join(map(str, sorted(there))))
     numbered = [(k, exercise) for k, exercise in enumerate(EXERCISES, 1) if not chosen or k in chosen]
+    preload()
     results = [run_in_sandbox(exercise, k, submission, seed, bool(known), limits, cache)
                for k, exercise in numbered]
     rows = []
@@ -455,7 +457,6 @@ def main():
     if not (args.folder / "data.py").is_file():
         parser.exit(2, f"error: {args.folder}: holds no data.py; name a folder with the six scripts\n")
     os.environ["TRITON_INTERPRET"] = "1"
-    preload()
     seed = secrets.randbelow(2**31) if args.seed is None else args.seed
     try:
         rows = grade(args.folder.resolve(), seed, (args.seconds, args.gigabytes), args.exercises)
