@@ -166,7 +166,7 @@ def draw_widths(rng, size):
 def draw_structure(rng, size):
     """Layers of named items and `size` edges between neighbouring layers -> (categories, edges).
 
-    Every item has at least one child (unless lowest) and one parent (unless highest), so that every implied
+    Every item owns one at least (unless lowest) and has an owner (unless highest), so that every implied
     quantity is defined. edges: list of (owner, item), the *instance parameters* "each owner's item"."""
     world = rng.choice(WORLDS)
     widths = draw_widths(rng, size)
@@ -263,7 +263,7 @@ def choose_needed(rng, instances, implied, limit):
             needed += extra
             spent += cost
     free = [q for q in instances if q not in needed]
-    more = rng.sample(free, min(len(free), max(limit - spent, 0 if needed else 1)))
+    more = rng.sample(free, min(len(free), limit - spent))  # at least one where nothing is needed yet
     return needed + more, spent + len(more)
 
 
@@ -794,12 +794,15 @@ def read_values(nodes, where):
 
 # -------------------------------------------------------------------------------------- 8. Checking an answer
 def read_lines(problem, response):
-    """(line number, Step) of each step line before </think>; None for Step where the line is malformed."""
+    """(line number, Step) of each step line before </think>; None for Step where the line is malformed or has
+    an "=" and is no step. Other lines are prose: the released records begin and end with some."""
     task = TASKS[problem.task]
     names = task.names(problem.categories)
     for number, text in enumerate(response.partition("</think>")[0].split("\n"), 1):
         if text.startswith(task.step):  # a line of many thousand characters is no step, and slow to search
             yield number, task.read_line(text, names) if len(text) <= 5000 else None
+        elif "=" in text:
+            yield number, None
 
 
 def read_steps(problem, response):

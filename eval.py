@@ -129,10 +129,10 @@ def behaviors(reports):
 def reliability(reports):
     """How often a behavior does its work: {what: [times it did, of how many]}, up to the first fault of each.
 
-    locked: lines on a locked quantity, and those that reflect with exactly the right names; ready: lines on a
-    ready one, and those without a false reflection; analysed, not_analysed: equations of steps with and
-    without an analysis, and the right ones; arithmetic: equations without any other fault, and the right
-    ones; premises: analyses, and those that restate the right premise."""
+    locked: reflections with exactly the right names, of all lines on a locked quantity; ready: equations, of
+    all lines on a ready one (the rest are false reflections); analysed, not_analysed: right equations, of
+    those with and without an analysis; arithmetic: right equations, of those without another fault; premises:
+    right restatements, of all analyses."""
     def total(name):
         return sum(getattr(r, name) for r in reports)
 
@@ -182,12 +182,12 @@ def measure_rollouts(policy, problems, max_new_tokens, samples, seed):
     return scores, pairs, torch.tensor(hits).view(len(problems), samples).float()
 
 
-def measure(policy, problems, max_new_tokens=512, samples=0, seed=0, analyses=(), micro_tokens=4096):
+def measure(policy, problems, max_new_tokens=512, samples=0, seed=0, extra=(), micro_tokens=4096):
     """All figures of one policy on one set of problems, as --json writes them.
 
     n, correct, process: counts (greedy; process is None where problems have no graph); hits: 0 or 1 for each
     problem; accuracy, ci95, majority, format_rate, cut_rate: shares; mean_tokens: tokens a response.
-    analyses: of the rollouts, "influence" and "entropy"."""
+    extra: what else to measure on the rollouts, of "influence" and "entropy"."""
     greedy = sample.greedy_accuracy(policy, problems, max_new_tokens)
     reports = check(problems, greedy["texts"])
     copied = ("n", "correct", "accuracy", "format_rate", "cut_rate", "mean_tokens")
@@ -200,9 +200,9 @@ def measure(policy, problems, max_new_tokens=512, samples=0, seed=0, analyses=()
         scores["rollouts"], groups, rewards = measure_rollouts(policy, problems, max_new_tokens, samples,
                                                                seed)
         policy.engine = None  # the sampler's cache: its memory is needed now
-    if "influence" in analyses:
+    if "influence" in extra:
         scores["influence"] = measure_influence(policy, groups, rewards, micro_tokens)
-    if "entropy" in analyses:
+    if "entropy" in extra:
         scores |= measure_entropy(policy, problems, itertools.chain(*groups), seed, micro_tokens)
     return scores
 
@@ -277,7 +277,8 @@ def influence(policy, groups, rewards, temperature=1.0, leave_one_out=False, mic
     rate; exactly 0 where all rollouts are right or all wrong. leave_one_out: G is the mean over the other
     queries. log pi(o|q) is the sum over the response's tokens, A is grpo.group_advantages. micro_tokens:
     tokens in one forward pass. Beside the weights it holds three gradients: not more than sft.py's AdamW.
-    Raises ValueError for other shapes."""
+    Raises ValueError for other shapes. (For your own code and the tests: `measure_influence` below needs both
+    parts of `influence_with_own`.)"""
     Q, N = rewards.shape
     if [len(group) for group in groups] != [N] * Q or Q < 1 + leave_one_out:
         raise ValueError("rewards must be (queries, rollouts), one for each pair of groups; "
@@ -1108,14 +1109,14 @@ def details(scores):
 
 def measure_all(args, splits):
     """--ckpt's checkpoints, one after the other: [{"path", "splits": {split: scores}}]."""
-    analyses = [name for name in ("influence", "entropy") if getattr(args, name)]
+    extra = [name for name in ("influence", "entropy") if getattr(args, name)]
     results = []
     for name in [sample.default_checkpoint(name, args.task) for name in args.ckpt or [None]]:
         policy = sample.load_policy(name)
         if not results:
             print(sample.describe(policy))
         scores = {split: measure(policy, problems, args.max_new_tokens, args.samples, args.seed,
-                                 analyses=analyses, micro_tokens=args.micro_tokens)
+                                 extra=extra, micro_tokens=args.micro_tokens)
                   for split, problems in splits.items()}
         results.append({"path": name, "splits": scores})
         if args.results:

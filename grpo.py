@@ -18,17 +18,18 @@ same problem (to be right where all are right is no merit). One step takes Q pro
 The *old policy* pi_old is the one that sampled: pi before the step's first update. The clip ends the push on
 a token once its probability has moved by eps. The *reference policy* pi_ref is a frozen copy of pi as the run
 began, the SFT policy; KL_t holds pi near it (k3 estimator, Schulman 2020: exp(d) - d - 1, d = log pi_ref -
-log pi). Only *mixed* groups teach: where the share alpha of right rollouts is 0 or 1, every advantage is 0.
-That is why BRIDGE prepares the model first. Half an hour of reading; at first skip sections 4 (problems) and
-6 and 7 (hand-over, command).
+log pi). Only *mixed* groups teach: where the share alpha of right rollouts is 0 or 1, all rewards are equal,
+the group is *flat*, and every advantage is 0 (with --format-reward rewards can differ where no answer does).
+That is why BRIDGE prepares the model first. Half an hour of reading; at first skip `prompt_once` and
+`shared_attention`, which are there for speed, and sections 4 (problems), 6 and 7 (hand-over, command).
 
 Departures from the paper and notes on it:
 1. with one update per batch of rollouts (the paper's setting, the default here) pi_old is pi: ratio is 1 at
    every token, the clip never acts, and the loss is about 0, the mean of the advantages (plus beta KL, 0 at
    the first step). Its gradient is not 0: d ratio = d log pi. `--epochs 2` makes the clip act;
 2. k3 in the loss is, as in the paper, a biased estimate of the KL's gradient (low variance, small with beta);
-3. groups without variance carry no gradient but the KL's; the paper trains on them all the same. For the tiny
-   model they are neither scored nor trained on: `--drop-flat`, as in DAPO;
+3. flat groups carry no gradient but the KL's; the paper trains on them all the same. For the tiny model they
+   are neither scored nor trained on: `--drop-flat`, as in DAPO;
 4. for the tiny model, batch and learning rate are its own, and the latter decays at the end; on PromptBench
    the KL coefficient is larger (PRESETS below).
 """
@@ -203,9 +204,19 @@ class Batch:
         return self.mask & self.kept[:, None]
 
 
+def row_by_row(model, batch):
+    """Hidden states (n, H) from which the n targets are predicted, row after row: each rollout read whole,
+    with its prompt. For models whose layers we do not know, and what `prompt_once` must equal."""
+    T = batch.inputs.shape[1]
+    place = batch.lengths[batch.owner][:, None] + torch.arange(T, device=batch.inputs.device)  # (B, T)
+    rows = F.pad(batch.prompts[batch.owner], (0, T)).scatter(1, place, batch.inputs)  # (B, P + T)
+    hidden = model.model(input_ids=rows, use_cache=False).last_hidden_state  # (B, P + T, H)
+    return hidden.gather(1, place[:, :, None].expand(-1, -1, hidden.shape[2]))[batch.mask]
+
+
 def prompt_once(model, batch):
-    """Hidden states (n, H) from which the n targets are predicted, row after row. Each prompt is computed
-    once, with gradients, and seen by all of its rollouts: P + N R tokens a group in place of N (P + R).
+    """As `row_by_row`, but each prompt is computed once, with gradients, and seen by all of its rollouts: for
+    a prompt of P tokens and N responses of R tokens, P + N R tokens in place of N (P + R).
 
     The model reads one sequence, all prompts and then all rollouts end to end, so that no product works on
     padding; only attention, to which Hugging Face hands `layout` on, lays them out as (Q, P) and (B, T)."""
@@ -256,15 +267,6 @@ def shared_attention(module, query, key, value, attention_mask, *, layout=None, 
 
 SHARED = "prompts_shared"
 AttentionInterface.register(SHARED, shared_attention)
-
-
-def row_by_row(model, batch):
-    """The same from whole sequences: for models whose layers we do not know, and as the specification."""
-    T = batch.inputs.shape[1]
-    place = batch.lengths[batch.owner][:, None] + torch.arange(T, device=batch.inputs.device)  # (B, T)
-    rows = F.pad(batch.prompts[batch.owner], (0, T)).scatter(1, place, batch.inputs)  # (B, P + T)
-    hidden = model.model(input_ids=rows, use_cache=False).last_hidden_state  # (B, P + T, H)
-    return hidden.gather(1, place[:, :, None].expand(-1, -1, hidden.shape[2]))[batch.mask]
 
 
 def pack(examples, tokens):
@@ -335,12 +337,13 @@ def score(reference, batches, args):
 
 def update(policy, optimizer, batches, args):
     """--epochs updates, each one step of the optimizer on the gradient of all batches. No weight has moved
-    before the first: its log-probs are log pi_old. Returns (loss, gradient norm)."""
+    before the first: its log-probs are log pi_old. Returns (loss, gradient norm) of the last one."""
     kept = sum(batch.kept.sum().item() for batch in batches)  # of the whole step, like denom
     tokens = sum(batch.trained().sum().item() for batch in batches)
     denom = {"sequence": kept, "token": tokens, "constant": kept * args.max_new_tokens}[args.norm]
-    loss = norm = 0.0
+    norm = 0.0
     for _ in range(args.epochs):
+        loss = 0.0
         for batch in batches:
             logprob, entropy = batch.logprobs(policy.model, args.temperature)
             batch.passes.append(logprob.detach())
@@ -375,8 +378,8 @@ def measure(batches, args):
         row["drift_mean"] += drift.sum().item() / tokens
         row["drift_max"] = max(row["drift_max"], drift.max().item())
         row["entropy"] += batch.entropy.sum().item() / tokens
-        if batch.ref is not None:
-            row["kl"] += kl_estimate(old, batch.ref).sum().item() / tokens
+        # --beta 0 keeps no reference: no KL is measured
+        row["kl"] += math.nan if batch.ref is None else kl_estimate(old, batch.ref).sum().item() / tokens
         for logprob in batch.passes:
             ratio = (logprob - old).exp()
             outside = (ratio < 1 - args.clip) | (ratio > 1 + high)

@@ -41,7 +41,8 @@ OFFICIAL_ANALYSIS = (0, 0.1, 0.4, 0.8, 1)  # the released code's probability for
 
 
 def inject(problem, response, behaviors=BEHAVIORS, p=0.1, rng=None, official=False, near=0.0):
-    """Algorithm 1: the response with behaviors injected. Order and letters of its steps stay as they are.
+    """Algorithm 1: the response with behaviors injected. Its steps keep their order (not so with `official`)
+    and their letters (in the tidy wording, data.in_order, they are given anew in order of appearance).
 
     problem: with its graph (`problem.nodes`); behaviors: any of BEHAVIORS; p: the probability of an analysis
     and of a reflection at each step, one number or {"analysis": ..., "reflection": ...} (a subgoal is

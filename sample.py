@@ -8,11 +8,11 @@ log-probability of given tokens with its gradient (section 5). Both run over one
 parameters of a Hugging Face model, so the sampler can never be stale.
 
 The sections: 1 policy and checkpoint, 2 prompt, 3 sampler, 4 accuracy, 5 log-prob and its Triton kernel,
-6 command. Reading takes about an hour; at first, skip reading and writing checkpoints (section 1), what
-makes CUDA graphs (`Size`, `run`, `capture`), the Triton kernels, `logits_logprobs`, and
-`limit_seconds`.
+6 command. Reading takes about an hour; at first, skip reading and writing checkpoints (section 1), what only
+CUDA graphs need (`capture`, the `if` in `run`, the end of `size`, the addresses in `use`), the Triton
+kernels, `logits_logprobs`, and `limit_seconds`.
 
-Simplifications, against what an inference server does:
+Simplifications, against what an inference server does (the words are those of section 3):
 1. One GPU, one process. The cache is one rectangle a row and one a prompt, each as long as the longest.
 2. The rows of a group share their prompt's cache; prompts that begin alike do not share their beginning.
 3. No top-p, top-k or penalties: the sampled distribution would not be the one that is trained.

@@ -15,8 +15,8 @@ The question's tokens condition and are never trained on. What is masked follows
 token values (a pad that equals the end token would otherwise hide the end, and generation would never stop);
 exactly one end token is trained.
 
-grpo.py shares sections 2 to 5 and 8. Half an hour of reading without pretraining (7); at first skip
-memory (3) and hand-over (8) too.
+grpo.py shares `check_head` and sections 2 to 5 and 8. Half an hour of reading without pretraining (7); at
+first skip memory (3) and hand-over (8) too.
 
 Where we depart from the paper:
 1. for the tiny model, batch, learning rate, epochs and p are its own (PRESETS below), else the paper's;
@@ -70,9 +70,27 @@ def micro_batches(lengths, tokens):
 
 
 def sum_of_logprobs(model, inputs, targets):
-    """The sum of log pi of all targets, a scalar: what SFT needs, one product with the head less."""
+    """The sum of log pi of all targets, a scalar. SFT needs no more, and with its gradient that takes three
+    products with the head, where one value a token (`sample.token_logprobs`) takes four."""
     hidden = model.model(input_ids=inputs, use_cache=False).last_hidden_state  # (B, T, H), never (B, T, V)
     return sample.sum_logprob(hidden, model.lm_head.weight, targets)
+
+
+@torch.no_grad()
+def check_head(policy):
+    """Raise InputError where lm_head.weight @ model.model(...), from which all losses here take their logits,
+    is not what the model itself computes: some scale its logits, cut them, or add a bias."""
+    model, ids = policy.model, torch.arange(16, device=policy.device)[None]
+    try:
+        theirs = model(input_ids=ids, use_cache=False).logits
+        ours = model.model(input_ids=ids, use_cache=False).last_hidden_state @ model.lm_head.weight.T
+        close = 1e-4 if theirs.dtype == torch.float32 else 2e-2
+        same = model.lm_head.bias is None and (ours - theirs).abs().max() <= close * theirs.abs().max()
+    except AttributeError:  # parts of other names
+        same = False
+    if not same:
+        raise data.InputError(f"a model of type {model.config.model_type} cannot be trained here, since its "
+                              "logits are not its head's product alone; take a Qwen2/2.5, Qwen3 or Llama 3")
 
 
 # ------------------------------------------------------------------------------------------- 2. The optimizer
@@ -174,23 +192,6 @@ REMEDIES = {"activations": "lower --micro-tokens or pass --gradient-checkpointin
             "sampler": "lower --max-new-tokens", "reference": "--beta 0 keeps no reference"}
 
 
-@torch.no_grad()
-def check_head(policy):
-    """Raise InputError where lm_head.weight @ model.model(...), from which all losses here take their logits,
-    is not what the model itself computes: some scale its logits, cut them, or add a bias."""
-    model, ids = policy.model, torch.arange(16, device=policy.device)[None]
-    try:
-        theirs = model(input_ids=ids, use_cache=False).logits
-        ours = model.model(input_ids=ids, use_cache=False).last_hidden_state @ model.lm_head.weight.T
-        close = 1e-4 if theirs.dtype == torch.float32 else 2e-2
-        same = model.lm_head.bias is None and (ours - theirs).abs().max() <= close * theirs.abs().max()
-    except AttributeError:  # parts of other names
-        same = False
-    if not same:
-        raise data.InputError(f"a model of type {model.config.model_type} cannot be trained here, since its "
-                              "logits are not its head's product alone; take a Qwen2/2.5, Qwen3 or Llama 3")
-
-
 def describe_memory(parts, free):
     """The start line: the predicted peak and its parts, and what to lower where that is more than is free."""
     total, by_size = sum(parts.values()), sorted(parts, key=lambda name: -parts[name])
@@ -252,11 +253,13 @@ class CtrlC:
         print("\nfinishing this step, then saving; Ctrl-C again stops at once", file=sys.stderr)
 
 
-# may change when a run goes on: they name files, whose contents are compared, or touch nothing computed
+# Flags that may differ when a run is resumed: they name files, whose contents are compared, or change no
+# number that is computed
 FREE = {"ckpt", "model", "data", "out", "export", "resume", "save_every", "eval_every", "eval_n", "patience",
         "command"}
-ROUNDING = ("micro_tokens", "gradient_checkpointing")  # may, too, where an update adds up micro-batches
-HELD_OUT = {"eval_every", "eval_n"}  # but these say which problems of --data are held out of the training
+# so may these, which change its rounding alone (not in pretraining, where a micro-batch is an update)
+ROUNDING = ("micro_tokens", "gradient_checkpointing")
+HELD_OUT = {"eval_every", "eval_n"}  # may not with --data: they say which of its problems are held out
 
 
 def identity(args, model, free=()):

@@ -452,6 +452,11 @@ class Corrupt:
     def words_in_the_equation(problem, steps, text, rng):
         return edit(text, rng.randrange(len(steps)), r" = ", " = about "), "format", "cannot be read"
 
+    def equation_outside_a_step(problem, steps, text, rng):
+        lines = text.split("\n")
+        lines.insert(rng.randint(1, len(steps) + 1), "So 2 + 2 = 5.")
+        return "\n".join(lines), "format", "not a step"
+
     def reflection_on_unlocked(problem, steps, text, rng):
         i = rng.choice([i for i, s in enumerate(steps) if problem.nodes[s.node].parents])
         bad = data.open_step(problem, steps[i].node, steps[i].letter, rng)
