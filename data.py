@@ -419,6 +419,8 @@ class IGSM:
     """Grade-school problems: how each line is written and read back. PromptBench has the same attributes."""
     draw = staticmethod(draw_problem)
     options = ("ops", "size", "tidy", "max_answer", "max_value")  # what `draw` takes
+    level = "ops"     # the option that says how hard a problem is, also a field of Problem
+    hardness = "ops"  # the option that is raised out of distribution
     record = ("ops", "categories")                                # the fields of a record that are its own
 
     premise = "The number of {name} equals {text}."
@@ -572,6 +574,7 @@ class PromptBench:
     """PromptBench arithmetic; what each name means stands at IGSM."""
     draw = staticmethod(draw_promptbench)
     options = ("depth", "redundancy", "names", "max_answer", "max_value")
+    level, hardness = "depth", "redundancy"
     record = ("depth", "redundancy")
 
     premise = "{text}."
@@ -1101,14 +1104,14 @@ def keep_distinct(chunks, rejected):
 def generate(task="igsm", ops=(15, 20), seed=0, split="train", workers=1, rejected=None, **options):
     """Endless iterator of distinct problems; same arguments, same problems, whatever `workers`.
 
-    ops: (low, high) operations (igsm); split: a key of SPLITS, or None for all problems; rejected: a Counter
-    that collects why draws were dropped; options: what `draw_problem` (igsm) or `draw_promptbench` takes.
-    Raises InputError where nothing can be drawn."""
+    ops: (low, high) operations (where the task has them); split: a key of SPLITS, or None for all problems;
+    rejected: a Counter that collects why draws were dropped; options: what `draw_problem` (igsm) or
+    `draw_promptbench` takes. Raises InputError where nothing can be drawn."""
     if task not in TASKS:
         raise InputError(f"--task {task}: use {' or '.join(TASKS)}")
     if split is not None and split not in SPLITS:
         raise InputError(f"--split {split}: use {', '.join(SPLITS)}")
-    options = options | ({"ops": tuple(ops)} if task == "igsm" else {})
+    options = options | ({"ops": tuple(ops)} if "ops" in TASKS[task].options else {})
     check_options(options)
     chunks = draw_chunks(partial(draw_chunk, task, seed, split, options), workers)
     return keep_distinct(chunks, Counter() if rejected is None else rejected)
@@ -1232,6 +1235,11 @@ def as_flags(options):
     return " ".join(flags)
 
 
+def task_flag(task):
+    """" --task ..." for the next command, where it is not the default."""
+    return "" if task == "igsm" else f" --task {task}"
+
+
 def check_options(options):
     """Raise InputError where options of `generate` ask for what cannot be drawn."""
     for name, (low, high) in RANGES.items():
@@ -1249,7 +1257,7 @@ def check_options(options):
 
 def is_tiny(args):
     """Whether neither --ops (igsm) nor --depth (promptbench) was given: then the tiny model's problems."""
-    return (args.ops if args.task == "igsm" else args.depth) is None
+    return getattr(args, TASKS[args.task].level) is None
 
 
 def problem_options(args):
@@ -1260,13 +1268,14 @@ def problem_options(args):
             if name not in TASKS[args.task].options and getattr(args, name) is not None:
                 raise InputError(f"--{name} has no effect with --task {args.task}: leave it out, or pass "
                                  f"--task {task}")
-    usual = TINY[args.task] if is_tiny(args) else {}
+    usual = TINY.get(args.task, {}) if is_tiny(args) else {}
     given = {name: getattr(args, name) for name in TASKS[args.task].options}
     options = usual | {name: value for name, value in given.items() if value is not None}
     check_options(options)
     return {"task": args.task} | options
 
 
+RECORD = [rb'\{"id": [^,]*, "task": "']  # how a file of problems begins
 OURS = ".bridge-"  # in the name of what we leave beside a file for a while: others' temporaries are not ours
 CLAIMED = []       # the lock files of this run's outputs; the system unlocks them when the process dies
 
@@ -1275,7 +1284,7 @@ def claim(outputs, inputs=()):
     """Before anything is computed: make sure of all outputs. They can be written, are no input and no other
     output, take no foreign file's place, and no other run writes them until `release`.
 
-    outputs: [(flag, path or None, how a file there may begin: a tuple of bytes; None: it is a new folder)];
+    outputs: [(flag, path or None, how a file there may begin, regular expressions; None: a new folder)];
     inputs: [(what it is, path or None)]. Raises InputError."""
     taken = {place(path): what for what, path in inputs if path}
     for flag, path, starts in outputs:
@@ -1313,8 +1322,8 @@ def is_ours(path, starts):
     if not os.path.isfile(path):
         return False
     with open(path, "rb") as file:
-        start = file.read(64)
-    return not start or start.startswith(starts)
+        start = file.read(1100)
+    return not start or any(re.match(words, start, re.S) for words in starts)
 
 
 def lock(path):
@@ -1527,7 +1536,7 @@ def main():
         help="processes; the output does not depend on it")
     add("--out", help="JSONL file to write; without it problems are printed")
     args = parser.parse_args()
-    claim([("--out", args.out, (b'{"id":',))])
+    claim([("--out", args.out, RECORD)])
     summary = Summary()
     stream = generate(seed=args.seed, split=args.split, workers=args.workers, rejected=summary.rejected,
                       **problem_options(args))

@@ -49,7 +49,7 @@ def wilson(correct, n, z=1.96):
     s = z * z / n
     middle = (p + s / 2) / (1 + s)
     half = z * math.sqrt(p * (1 - p) / n + s / n / 4) / (1 + s)
-    return max(0.0, middle - half), min(1.0, middle + half)
+    return max(0.0, min(p, middle - half)), min(1.0, max(p, middle + half))  # p: rounding, at 0 and n
 
 
 def pass_at_k(right, samples, k):
@@ -314,9 +314,10 @@ def token_values(policy, examples, micro_tokens):
 
 def sft_answers(policy, problems, seed):
     """(method, [(question, answer)]): these problems with answers like those that the policy was fine-tuned
-    on. Where nobody knows what these were like, or a problem has no graph, the problems' own answers."""
+    on. Where nobody knows what these were like, or a problem comes without a plain answer that holds, the
+    problems' own answers."""
     info = sft_info(policy)
-    if "method" not in info or info.get("data") or not all(p.nodes for p in problems):
+    if "method" not in info or info.get("data") or not all(map(inject.is_plain, problems)):
         return "the problems' own", [(p.question, p.response) for p in problems if p.response]
     answers = [inject.augment(p, info["method"], info["behaviors"], info["p"], seed=seed) for p in problems]
     return method_name(policy), list(itertools.chain(*answers))
@@ -336,7 +337,8 @@ def measure_entropy(policy, problems, rollouts, seed, micro_tokens):
 # ------------------------------------------------------------------------------------------------- 4. Figures
 def run_of(name):
     """The run that a file belongs to, without its seed: "logs/bridge-rl-3.csv" -> "bridge-rl"."""
-    return re.sub(r"(-\d+)?(\.(pt|csv|jsonl))?$", "", os.path.basename(name), count=1)
+    name = os.path.basename(os.path.normpath(name)).lstrip("_")  # for Matplotlib "_name" is not to be shown
+    return re.sub(r"(-\d+)?(\.(pt|csv|jsonl))?$", "", name, count=1)
 
 
 def by_run(pairs):
@@ -357,7 +359,7 @@ def new_figure(width, height, panels=1, rows=1, sharey="row"):
 def add_legend(figure, axis):
     """The legend of one panel, above all of them, where it hides nothing."""
     handles, labels = axis.get_legend_handles_labels()
-    columns = 1 if max(map(len, labels)) > 30 else 3
+    columns = 1 if max(map(len, labels), default=0) > 30 else 3
     figure.legend(handles, labels, loc="outside upper left", ncols=columns, frameon=False, fontsize=8)
 
 
@@ -460,18 +462,23 @@ def draw_curves(axis, paths):
         axis.plot(steps, accuracies, "o--", color="0.4", markersize=4,
                   label=f"{run}: greedy accuracy, held-out problems")
     axis.set_xlabel("GRPO step")
-    axis.set_ylabel("share right")
-    axis.set_ylim(0, 1)
+    most = max((reward for logs in runs.values() for rewards, _, _ in logs for reward in rewards), default=0)
+    axis.set_ylabel("share right" if most <= 1 else "reward")  # --format-reward adds to it
+    axis.set_ylim(0, max(1, most))
 
 
 def curve_rows(paths, steps=20):
     """The same in numbers, rows of text: each run's reward, the mean of its first and of its last `steps`
-    steps, and the gain, over its seeds; where there are two runs, their difference, paired by seed."""
+    steps (of half of them where a log is shorter than both), and the gain, over its seeds; where there are
+    two runs, their difference, paired by seed."""
     first, last = defaultdict(dict), defaultdict(dict)  # {run: {seed: reward}}
-    for path in paths:
-        run, (rewards, _, _) = run_of(path), read_curve(path)
+    curves = {path: read_curve(path)[0] for path in paths}
+    for path, rewards in curves.items():
         if not rewards:
             raise data.InputError(f"{path}: a log without a step; name one of a run that has begun")
+        steps = min(steps, max(1, len(rewards) // 2))
+    for path, rewards in curves.items():
+        run = run_of(path)
         seed = os.path.basename(path).removeprefix(run)
         first[run][seed] = statistics.mean(rewards[:steps])
         last[run][seed] = statistics.mean(rewards[-steps:])
@@ -534,6 +541,9 @@ def sft_info(policy):
     return {} if info.get("model") == "scratch" else info
 
 
+BRIDGE = {"subgoal", "analysis", "reflection"}  # the paper's
+
+
 def method_name(policy, name=""):
     """The method of the SFT answers: "vanilla", "bridge", "subgoal" (a behavior alone), "bridge-p0.1" (with
     another p than the preset's), "vanilla-n3000" (with another number of problems)."""
@@ -544,7 +554,7 @@ def method_name(policy, name=""):
     number = "" if info.get("n", SFT_N) == SFT_N else f"-n{info['n']}"
     if method != "bridge" or "p" not in info:
         return method + number
-    if set(behaviors) != set(inject.BEHAVIORS):
+    if set(behaviors) != BRIDGE:
         method = "+".join(behavior for behavior in inject.BEHAVIORS if behavior in behaviors) or "vanilla"
     preset = sft.preset(policy.model, sft.PRESETS, info.get("task"))
     used = set(behaviors) - {"subgoal"} and info["p"] != preset["p"]
@@ -607,7 +617,7 @@ def cells(policy, name, splits, scores):
     (method, seed, stage), code = origin(policy, name), commit()
     for split, problems in splits.items():
         score, n = scores[split], len(problems)
-        sizes = [p.depth if p.task == "promptbench" else p.ops for p in problems]
+        sizes = [getattr(p, data.TASKS[p.task].level) for p in problems]
         tasks = "+".join(sorted({p.task for p in problems}))
         row = dict(task=tasks, seed=seed, split=split, ops=f"{min(sizes)}-{max(sizes)}", n=n, commit=code)
         yield row | dict(method=method, stage=stage, correct=score["correct"], process=score["process"],
@@ -625,7 +635,7 @@ def read_results(path):
             row |= {name: int(row[name]) for name in ("seed", "n", "correct")}
             row |= {name: int(row[name]) if row[name] else None for name in ("process", *COUNTS)}
             row["p"] = float(row["p"]) if row["p"] else None
-            if row["n"] < 1:
+            if row["n"] < 1 or not set(row) <= set(COLUMNS):  # what we do not know we would lose
                 raise ValueError
         return [{name: row[name] for name in COLUMNS} for row in rows]
     except (OSError, KeyError, ValueError, TypeError, csv.Error):
@@ -646,11 +656,15 @@ def write_results(path, new):
 def shares(rows):
     """{(task, split): {(method, stage): {seed: share right}}}; stages "sft-process", "rl-process":
     process-verified."""
-    found = defaultdict(lambda: defaultdict(dict))
+    found, numbers = defaultdict(lambda: defaultdict(dict)), {}
     for row in rows:
         cell = found[row["task"], row["split"]]
+        where = ", ".join(f"{row[name]}" for name in KEY[:-1] if row[name] != "")
+        n = numbers.setdefault((row["task"], row["split"], row["seed"]), row["n"])
+        if n != row["n"]:
+            raise data.InputError(f"{where}: measured on {row['n']} problems, another of this seed on {n}: "
+                                  "measure both on as many (--n)")
         if row["seed"] in cell[row["method"], row["stage"]]:
-            where = ", ".join(f"{row[name]}" for name in KEY[:-1] if row[name] != "")
             raise data.InputError(f"{where}: two rows that differ in ops alone; keep one --results file for "
                                   "each")
         cell[row["method"], row["stage"]][row["seed"]] = row["correct"] / row["n"]
@@ -768,7 +782,7 @@ def plot_report(path, out):
 # in. Figures are pictures within the page, each with its numbers in a table below. Behaviors differ by the
 # line at the left and by a word, so that they can be told apart in grey.
 SHOWN = 10  # problems with their rollouts
-PAGE = string.Template("""<!DOCTYPE html>
+PAGE = string.Template("""<!DOCTYPE html><!-- BRIDGE, eval.py -->
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -969,6 +983,9 @@ def add_flags(parser):
 
 
 # what has no effect on a table or a log that is there already
+# how a figure of Matplotlib begins: .png, .pdf, .svg
+FIGURES = [rb"\x89PNG.{37}Software\0Matplotlib", rb"%PDF-1\.\d\n%\xac\xdc \xab\xba",
+           rb"<\?xml.{,1000}Matplotlib"]
 MEASURING = ("ckpt", "data", *sft.DRAWING, "ood", "n", "max_new_tokens", "samples", "seed", "influence",
              "entropy", "micro_tokens", "html", "json", "results")
 
@@ -994,14 +1011,13 @@ def read_arguments():
     if args.plot and not args.plot.endswith((".png", ".pdf", ".svg")):
         raise data.InputError(f"--plot {args.plot}: must end in .png, .pdf or .svg")
     drawn = args.curves or (args.plot or args.html) and args.ckpt or ()
-    if len({os.path.basename(path) for path in drawn}) < len(drawn):
+    if len({os.path.basename(os.path.normpath(path)) for path in drawn}) < len(drawn):
         raise data.InputError("--curves, --plot and --html tell runs apart by their files' names: rename one "
                               "of those that are named alike")
     read = [*(args.ckpt or ()), *(args.data or ()), *(args.curves or ()), args.report]
-    data.claim([("--json", args.json, (b'{"checkpoints"',)),
-                ("--results", args.results, (b"task,", b"method,")),
-                ("--plot", args.plot, (b"\x89PNG", b"%PDF", b"<?xml")),
-                ("--html", args.html, (b"<!DOCTYPE html",))],
+    data.claim([("--json", args.json, [rb'\{"checkpoints"']), ("--plot", args.plot, FIGURES),
+                ("--results", args.results, [b"task,", b"method,"]),
+                ("--html", args.html, [re.escape(PAGE.template[:40].encode())])],
                [("a file to read", path) for path in read])
     if (args.plot or args.html) and importlib.util.find_spec("matplotlib") is None:
         raise data.InputError("--plot, --html: drawing needs matplotlib; pip install matplotlib")
@@ -1026,15 +1042,18 @@ def read_splits(args):
         splits = {path: read_file(path) for path in args.data}
         args.task = splits[args.data[0]][0].task  # of the default checkpoint
         return splits
-    options = data.problem_options(args)
+    options, name = data.problem_options(args), data.TASKS[args.task].hardness
     if args.ood:
-        harder = {"ops" if args.task == "igsm" else "redundancy": args.ood}
+        harder = {name: args.ood}
     elif data.is_tiny(args):
         harder = data.TINY_OOD[args.task]
-    elif args.task == "igsm":
-        harder = {"ops": [min(30, args.ops[1] + more) for more in (1, 3)]}  # data.py draws up to 30
     else:
-        harder = {"redundancy": (20, 22)}
+        harder = {name: [min(30, args.ops[1] + more) for more in (1, 3)] if name == "ops" else [20, 22]}
+    for name in () if args.ood else options.keys() & harder:
+        (low, high), given = harder[name], options[name]
+        if not (given[1] <= low and given[1] < high):
+            raise data.InputError(f"--{name} {data.show(given)}: the default out of distribution, {low} to "
+                                  f"{high}, is not harder: pass --ood LO HI")
     splits = {"id": options, "ood": options | harder}
     return {name: list(itertools.islice(data.generate(seed=args.seed, split="test", **chosen), args.n))
             for name, chosen in splits.items()}
@@ -1110,9 +1129,15 @@ def details(scores):
 def measure_all(args, splits):
     """--ckpt's checkpoints, one after the other: [{"path", "splits": {split: scores}}]."""
     extra = [name for name in ("influence", "entropy") if getattr(args, name)]
-    results = []
+    results, rows = [], {}
     for name in [sample.default_checkpoint(name, args.task) for name in args.ckpt or [None]]:
         policy = sample.load_policy(name)
+        if extra:
+            sft.check_head(policy)
+        other = rows.setdefault(origin(policy, name), name)
+        if args.results and data.place(other) != data.place(name):
+            raise data.InputError(f"--results: {other} and {name} would be one row, {origin(policy, name)}; "
+                                  "give each a --results file of its own")
         if not results:
             print(sample.describe(policy))
         scores = {split: measure(policy, problems, args.max_new_tokens, args.samples, args.seed,

@@ -551,17 +551,21 @@ def train(policy, reference, optimizer, source, held_out, limit, args, run):
 
 
 # ---------------------------------------------------------------------------------- 6. Hand-over (sft.py, 8)
-def hand_over(policy, problems, args):
+def hand_over(policy, problems, held_out, args):
     """--hand-over: the problems with their reward's answer, in records that serve TRL and verl, and our flags
     under their names."""
-    rows = [{"prompt": [{"role": "user", "content": problem.question}], "answer": problem.answer,
-             "data_source": problem.task, "ability": "math",
-             "reward_model": {"style": "rule", "ground_truth": problem.answer},
-             "extra_info": {"split": "train", "index": index}} for index, problem in enumerate(problems)]
-    longest = max(len(sample.encode_prompt(policy.tokenizer, problem.question)) for problem in problems)
+    def records(problems, split):
+        return [{"prompt": [{"role": "user", "content": problem.question}], "answer": problem.answer,
+                 "data_source": problem.task, "ability": "math",
+                 "reward_model": {"style": "rule", "ground_truth": problem.answer},
+                 "extra_info": {"split": split, "index": index}} for index, problem in enumerate(problems)]
+
+    longest = max(len(sample.encode_prompt(policy.tokenizer, p.question)) for p in [*problems, *held_out])
+    validation = {"val.jsonl": records(held_out, "val")} if held_out else {}
     sft.hand_over(args.hand_over, policy, {
-        "rl.jsonl": rows, "trl-grpo.yaml": trl_settings(policy, args, longest),
-        "verl-grpo.sh": verl_settings(args, longest)})
+        "rl.jsonl": records(problems, "train"), **validation,
+        "trl-grpo.yaml": trl_settings(policy, args, longest),
+        "verl-grpo.sh": verl_settings(args, longest, bool(held_out))})
     if args.drop_flat:
         print("groups without variance, which a tiny model leaves out here, stay in TRL and verl")
 
@@ -588,11 +592,14 @@ def trl_settings(policy, args, longest):
                             **settings)
 
 
-def verl_settings(args, longest):
-    """verl-grpo.sh. longest: tokens of the longest prompt."""
+def verl_settings(args, longest, validates):
+    """verl-grpo.sh. longest: tokens of the longest prompt; validates: whether there is a val.jsonl (verl asks
+    for a file in any case)."""
     actor, rollout, trainer = "actor_rollout_ref.actor", "actor_rollout_ref.rollout", "trainer"
     settings = {
-        "data.train_files": "$PWD/rl.jsonl", "data.val_files": "$PWD/rl.jsonl", "data.shuffle": False,
+        "data.train_files": "$PWD/rl.jsonl", "data.shuffle": False,
+        "data.val_files": "$PWD/val.jsonl" if validates else "$PWD/rl.jsonl",
+        f"{trainer}.test_freq": args.eval_every if validates else -1,
         "data.train_batch_size": args.prompts, "data.max_prompt_length": longest,
         "data.max_response_length": args.max_new_tokens,
         "reward.custom_reward_function.path": "$PWD/data.py",
@@ -698,6 +705,7 @@ def check(args, parser, checkpoint):
     if args.hand_over:
         only_here = ["kl", "max_kl", "format_reward", "filter"] + ["drop_flat"] * bool(args.drop_flat)
         parser.refuse(args, only_here, "with --hand-over, since TRL and verl do not both have it")
+        parser.refuse(args, ["patience"], "with --hand-over, since neither TRL nor verl has it")
     if args.filter and not 0 <= args.filter[0] <= args.filter[1] <= FILTER_N:
         raise data.InputError(f"--filter {args.filter[0]} {args.filter[1]}: right rollouts of {FILTER_N}, "
                               "the lower number first")
@@ -747,7 +755,8 @@ def main():
     sft.fill_in(args, policy.model, PRESETS)
     source, held_out = problem_source(args, options)
     if args.hand_over:
-        return hand_over(policy, list(itertools.islice(source(), args.steps * args.prompts)), args)
+        problems = list(itertools.islice(source(), args.steps * args.prompts))
+        return hand_over(policy, problems, held_out, args)
     sft.check_head(policy)
     some = itertools.islice(source(), None if args.data else 64)  # fresh problems have no end
     prompts = [sample.encode_prompt(policy.tokenizer, problem.question) for problem in [*some, *held_out]]
@@ -773,8 +782,7 @@ def main():
     if args.export:
         sample.export_policy(policy, args.export)
     run.finish()
-    task = "" if args.task == "igsm" else f" --task {args.task}"
-    print(f"{args.out}: done; next: python eval.py{task} --ckpt {checkpoint} {args.out}")
+    print(f"{args.out}: done; next: python eval.py{data.task_flag(args.task)} --ckpt {checkpoint} {args.out}")
 
 
 if __name__ == "__main__":

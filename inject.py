@@ -174,6 +174,14 @@ def mark(before, after):
     return "\n".join(lines)
 
 
+def is_plain(problem):
+    """Whether a problem has its graph and a sound answer without reflections, analyses and redundant steps:
+    what `augment` takes."""
+    report = data.check_trace(problem, problem.response)
+    more = report.reflections or report.analyses or report.redundant
+    return bool(problem.nodes) and report.ok and not more
+
+
 def make_records(problems, path, method, options, counts):
     """The JSON records of all examples, each checked; `counts` adds up what they hold."""
     def checked(problem, response):
@@ -224,12 +232,15 @@ def check(args, parser):
     if args.method != "bridge":
         parser.refuse(args, ("behaviors", "p", "p_analysis", "p_reflection", "official"),
                       f"with --method {args.method}")
-    behaviors = f"with --behaviors {' '.join(args.behaviors)}"
+    behaviors = f"with --behaviors {' '.join(args.behaviors)}" if args.behaviors else "without --behaviors"
     drawn = [name for name in ("analysis", "reflection") if name in args.behaviors]
     for name in {"analysis", "reflection"}.difference(drawn):
         parser.refuse(args, (f"p_{name}",), behaviors)
     if not drawn:
         parser.refuse(args, ("p", "official"), behaviors)
+        parser.refuse(args, ("seed",) if args.file and args.method == "bridge" else (), behaviors)
+    if not args.official and all(getattr(args, f"p_{name}") is not None for name in drawn):
+        parser.refuse(args, ("p",), "with --p-analysis and --p-reflection")
     if args.official:
         parser.refuse(args, ("p_analysis",), "with --official, where the in-degree decides")
         if drawn == ["analysis"]:
@@ -260,7 +271,7 @@ def main():
         return
     if not args.out:
         raise data.InputError("--out is missing: name the JSONL file to write")
-    data.claim([("--out", args.out, (b'{"id":',))], [("the file to read", args.file)])
+    data.claim([("--out", args.out, data.RECORD)], [("the file to read", args.file)])
     problems = data.read_problems(args.file, graph=True)
     counts = {"examples": 0, "steps": 0, "reflections": 0, "analyses": 0, "subgoals": 0}
     data.write_records(args.out, make_records(problems, args.file, args.method, options, counts))

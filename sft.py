@@ -271,6 +271,7 @@ def identity(args, model, free=()):
     for p in model.parameters():
         checksum = zlib.crc32(p.detach().cpu().contiguous().view(torch.uint8).numpy(), checksum)
     same["a model with checksum"] = checksum
+    same["on a device of type"] = next(model.parameters()).device.type
     if args.data:
         with open(args.data, "rb") as file:
             same["--data with checksum"] = zlib.crc32(file.read())
@@ -359,7 +360,8 @@ def add_run_flags(parser, out):
     add("--save-every", type=data.positive_int, default=25, help="steps between saved states")
     add("--export", metavar="FOLDER", help="also write a Hugging Face folder at the end")
     add("--hand-over", metavar="FOLDER",
-        help="train nothing: write the policy, the data and these settings for TRL and verl")
+        help="train nothing: write the policy, the data and these settings for TRL and verl (in sft.py: TRL "
+             "alone)")
     add("--weight-decay", type=data.not_negative, default=0.01)
     add("--micro-tokens", type=data.positive_int, default=4096,
         help="tokens in one forward pass (in pretraining, of one update): lower it when memory runs out")
@@ -408,9 +410,12 @@ def check_files(args, parser, start):
     stem = args.out.removesuffix(".pt")
     if stem == args.out or stem.endswith(".state"):
         raise data.InputError(f"--out {args.out}: must end in .pt, but not in .state.pt")
-    exported = args.resume and os.path.exists(args.out)  # a run that was killed so late has begun its folder
-    files = [("--out", args.out, (b"",)),  # an old result and its log are set aside
-             ("--out", f"{stem}.csv", (b"step,", b"pool,")), ("--out", f"{stem}.state.pt", (b"",)),
+    exported = False  # whether that folder is this run's: one that was killed so late has begun it
+    if args.export and args.resume and os.path.exists(args.out):
+        info = sample.read_pt(args.out, "name another --out").get("info") or {}
+        exported = info.get("export") == args.export
+    files = [("--out", args.out, [b""]),  # an old result and its log are set aside
+             ("--out", f"{stem}.csv", [b"step,", b"pool,"]), ("--out", f"{stem}.state.pt", [b""]),
              ("--export", None if exported else args.export, None)]
     data.claim([("--hand-over", args.hand_over, None)] if args.hand_over else files,
                [("the file that the run starts from", start), ("the file of --data", args.data),
@@ -642,7 +647,7 @@ def letters_text(rng, problem):
     pieces, letters, values = [], {}, {}
     for name in data.needed_nodes(problem.nodes, *rng.sample(list(problem.nodes), len(problem.nodes))):
         node = problem.nodes[name]
-        letters[name] = data.LETTERS[len(letters)] if problem.task == "igsm" else name
+        letters[name] = data.LETTERS[len(letters)] if data.TASKS[problem.task].letters else name
         pieces += [(f"let {name}", ""), (f" be {letters[name]}", "letters")]
         if node.parents:
             for known in (letters, values):
@@ -965,6 +970,8 @@ def check(args, parser, start):
         parser.refuse(args, ("method", "behaviors", "p", "n"), "with --data, which brings its answers")
     if args.method != "bridge":
         parser.refuse(args, ("behaviors", "p"), f"with --method {args.method}")
+    elif not {"analysis", "reflection"}.intersection(args.behaviors):
+        parser.refuse(args, ("p",), "without analyses and reflections")
     if args.model != "scratch":
         parser.refuse(args, ("tokens", "skills", "start", "width", "layers", "heads"),
                       "without --model scratch")
@@ -1041,9 +1048,8 @@ def main():
     if args.export:
         sample.export_policy(policy, args.export)
     run.finish()
-    task = "" if args.task == "igsm" else f" --task {args.task}"
     print(f"{args.out}: loss {loss:.3f} after {time.time() - begun:.0f} s; "
-          f"next: python grpo.py{task} --ckpt {args.out}")
+          f"next: python grpo.py{data.task_flag(args.task)} --ckpt {args.out}")
 
 
 if __name__ == "__main__":

@@ -270,6 +270,17 @@ def test_the_tiny_problems_as_flags(task):
         options(*other)
 
 
+def test_a_task_of_ones_own_gets_its_options(monkeypatch):
+    """Bugs: --ops that reaches igsm alone; a task without a tiny preset that ends in a KeyError."""
+    monkeypatch.setitem(data.TASKS, "new", data.IGSM())
+    assert [p.ops for p in problems(5, task="new", ops=(3, 3))] == [3] * 5
+    parser = data.Parser("")
+    data.add_problem_flags(parser)
+    for flags, options, tiny in ((["--ops", "3", "4"], {"ops": [3, 4]}, False), ([], {}, True)):
+        args = parser.parse_args(["--task", "new", *flags])
+        assert (data.problem_options(args), data.is_tiny(args)) == ({"task": "new"} | options, tiny)
+
+
 def test_splits_are_disjoint():
     """A test problem that was trained on: the same premises in another order would be in both."""
     for problem in problems(30, ops=(2, 3), split=None):

@@ -4,21 +4,23 @@ import itertools
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 
-import data, eval as evaluation, sample
+import data, eval as evaluation, grpo, sample, sft
 
 
 @pytest.mark.parametrize("correct, n, low, high", [(0, 100, 0.0, 0.03699), (50, 100, 0.40383, 0.59617),
                                                    (99, 100, 0.94549, 0.99823), (1, 1, 0.20655, 1.0)])
 def test_wilson(correct, n, low, high):
     """Bug: the textbook interval p +- 1.96 sqrt(p(1-p)/n), which has width 0 at 0 of 100 and passes 1
-    at 99."""
+    at 99; one that by rounding ends short of the share itself, which no figure can draw (300 of 300)."""
     assert evaluation.wilson(correct, n) == pytest.approx((low, high), abs=1e-4)
+    assert all(evaluation.wilson(k, k)[1] == 1 and evaluation.wilson(0, k)[0] == 0 for k in range(1, 400))
 
 
 @pytest.mark.parametrize("samples, right, k", [(8, [0, 1, 3, 8], 1), (8, [0, 1, 3, 8], 4), (5, [2], 5),
@@ -180,6 +182,13 @@ def test_report_pairs_seeds(tmp_path, script):
     evaluation.write_results(str(tmp_path / "none.csv"), [row | dict(method=method, stage=stage)
                              for method in ("vanilla", "bridge") for stage in ("sft", "rl")])
     assert "bridge / vanilla nan" in script("eval.py", "--report", "none.csv").stdout  # nothing to divide by
+    evaluation.write_results(str(tmp_path / "n.csv"), [row | dict(method="vanilla", stage="sft"),
+                                                       row | dict(method="vanilla", stage="rl", n=300)])
+    assert "another of this seed on 300" in script("eval.py", "--report", "n.csv").stderr
+    (tmp_path / "noted.csv").write_text("".join(  # somebody's column, which writing would drop
+        f"{line},{'note' if i == 0 else 'mine'}\n" for i, line in enumerate(
+            (tmp_path / "none.csv").read_text().splitlines())))
+    assert "noted.csv: not a file" in script("eval.py", "--report", "noted.csv").stderr
 
 
 def test_report_on_options_of_grpo(tmp_path, script):
@@ -273,8 +282,9 @@ def test_curves_of_seeds_share_a_band(tmp_path, script):
     """Bug: every file a run of its own, or the seeds' number left in the name; the figure is drawn from
     logs of unequal length."""
     pytest.importorskip("matplotlib")
-    names = ("a/bridge-rl-3.csv", "grpo.csv", "x-10.pt", "Qwen/Qwen2.5-1.5B", "Qwen/Qwen2.5-0.5B")
-    assert [evaluation.run_of(name) for name in names] == ["bridge-rl", "grpo", "x", "Qwen2.5-1.5B", "Qwen2.5-0.5B"]
+    names = ("a/bridge-rl-3.csv", "grpo.csv", "x-10.pt", "Qwen/Qwen2.5-1.5B", "Qwen/Qwen2.5-0.5B", "a/b/", "_x.csv")
+    assert [evaluation.run_of(name) for name in names] == ["bridge-rl", "grpo", "x", "Qwen2.5-1.5B", "Qwen2.5-0.5B",
+                                                           "b", "x"]  # Matplotlib hides "_x"
     for name, steps in (("vanilla-1", 5), ("vanilla-2", 3), ("bridge-1", 5)):
         rows = [f"{i},0.{i},{0.5 if i == 1 else ''}\n" for i in range(1, steps + 1)]
         (tmp_path / f"{name}.csv").write_text("step,reward,val_accuracy\n" + "".join(rows))
@@ -302,6 +312,9 @@ def test_rewards_of_two_runs_are_paired_by_seed(tmp_path, script):
         ["30.0%", "45.0%", "+15.0%"], ["30.0%", "70.0%", "+40.0%"], ["+0.0%", "+25.0%", "+25.0%"]]
     # seed by seed: +0.2 and +0.3, so 0.25 +- 12.706 x 0.05; unpaired it would be 12.706 x 0.15 or 0.25
     assert cells[3][4] == "+25.0% [-38.5%, +88.5%]"
+    (tmp_path / "short.csv").write_text("step,reward,val_accuracy\n1,.1,\n2,.2,\n3,.3,\n4,.4,\n5,.5,\n")
+    short = script("eval.py", "--curves", "short.csv").stdout  # the first and the last 20 would be the same
+    assert "first 2 steps" in short and "+30.0%" in short
     (tmp_path / "empty.csv").write_text("step,reward,val_accuracy\n")
     result = script("eval.py", "--curves", "empty.csv")
     assert result.returncode == 2 and "empty.csv: a log without a step" in result.stderr
@@ -366,6 +379,16 @@ def test_cells_that_differ_in_size_alone_are_not_mixed(tmp_path, script):
     assert result.returncode == 2 and "differ in ops alone" in result.stderr
 
 
+def test_every_flag_of_rollouts_and_loss_is_part_of_a_methods_name():
+    """Bug: a new flag, with which two different runs would be one row of results.csv."""
+    elsewhere = {"help", "ckpt", "out", "seed", "resume", "save_every", "export", "hand_over", "micro_tokens",
+                 "gradient_checkpointing", *sft.DRAWING, "data", "filter", "eval_every", "eval_n", "patience"}
+    parser = data.Parser("")
+    grpo.add_flags(parser)
+    assert {action.dest for action in parser._actions} - elsewhere == set(evaluation.RL_FLAGS)
+    assert set(sft.DRAWING) == {"task"}.union(*(task.options for task in data.TASKS.values()))
+
+
 def test_majority_answer():
     """Bug: a baseline that always answers 0 where another answer is more frequent."""
     problems = [data.Problem("", answer, "", {}) for answer in (0, 7, 7, 0, 7, 3)]
@@ -378,6 +401,9 @@ def test_table_and_json(script, tmp_path, tiny_file):
     result = script("eval.py", "--ckpt", tiny_file, tiny_file, "--n", 12, "--max-new-tokens", 24,
                     "--samples", 2, "--json", "scores.json", "--results", "results.csv")
     assert result.returncode == 0, result.stderr
+    other = shutil.copy(tiny_file, tmp_path / "tiny-1.pt")  # the same name without its number
+    refused = script("eval.py", "--ckpt", tiny_file, other, "--n", 2, "--max-new-tokens", 2, "--results", "r.csv")
+    assert refused.returncode == 2 and "would be one row" in refused.stderr
     written = json.load(open(tmp_path / "scores.json"))
     scores = written["checkpoints"]
     assert [s["path"] for s in scores] == [str(tiny_file)] * 2
@@ -404,7 +430,9 @@ def test_table_and_json(script, tmp_path, tiny_file):
     (["--ckpt", "folder.pt"], ["folder.pt: a folder"]),
     (["--ckpt", "foreign.pt"], ["foreign.pt"]),
     (["--data", "empty.jsonl"], ["empty.jsonl"]), (["--plot", "x.png"], ["--samples"]),
-    (["--ood", "9", "3"], ["--ops 9 3"]), (["--n", "0"], ["--n", "at least 1"]),
+    (["--ood", "9", "3"], ["--ops 9 3"]), (["--ops", "30", "30"], ["--ops 30 30", "--ood"]),
+    (["--redundancy", "6", "8", "--task", "promptbench"], ["--redundancy 6 8", "--ood"]),
+    (["--n", "0"], ["--n", "at least 1"]),
     (["--max-new-tokens", "5000"], ["--max-new-tokens", "2048"]), (["--sample", "3"], ["--sample"]),
     (["--report", "empty.jsonl2"], ["empty.jsonl2"]), (["--report", "zero.csv"], ["zero.csv", "--results"]),
     (["--report", "head.csv", "--json", "x.json"], ["--json", "--report"]),

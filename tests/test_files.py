@@ -52,7 +52,11 @@ def contents(folder):
     ("eval.py --results x --json x", ["--json x", "--results"]),
     ("eval.py --results notes.csv", ["--results notes.csv"]),
     ("eval.py --samples 2 --plot p.txt", ["--plot p.txt", ".png"]),
+    ("eval.py --samples 2 --plot paper.pdf", ["--plot paper.pdf", "exists already"]),
+    ("eval.py --html index.html", ["--html index.html", "exists already"]),
     ("data.py --out a.pt", ["--out a.pt", "exists already"]),
+    ("data.py --out chat.jsonl", ["--out chat.jsonl", "exists already"]),
+    ("sft.py --behaviors subgoal --p 0.7", ["--p has no effect"]),
     ("inject.py train.jsonl --out ./train.jsonl", ["--out ./train.jsonl", "file to read"]),
     ("grpo.py --ckpt", ["--ckpt ''"]), ("sft.py --data", ["--data ''"]), ("eval.py --json", ["--json ''"])])
 def test_outputs_are_claimed_before_anything_is_computed(command, words, script, tmp_path, tiny_file,
@@ -65,6 +69,9 @@ def test_outputs_are_claimed_before_anything_is_computed(command, words, script,
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "config.json").write_text("{}")
     (tmp_path / "notes.csv").write_text("name,phone\n")
+    (tmp_path / "chat.jsonl").write_text('{"id": "chat-1", "messages": []}\n')
+    (tmp_path / "paper.pdf").write_bytes(b"%PDF-1.5\n%\xd0\xd4\xc5\xd8\n")
+    (tmp_path / "index.html").write_text("<!DOCTYPE html>\n<html>")
     records = [data.to_record(p) for p, _ in zip(data.generate(ops=(1, 2)), range(8))]
     for name in ("d.csv", "train.jsonl"):
         data.write_records(tmp_path / name, records)
@@ -80,7 +87,7 @@ HOLD = """
 import sys
 sys.path.insert(0, sys.argv[1])
 import data
-data.claim([("--out", "sft.pt", (b"",))])
+data.claim([("--out", "sft.pt", [b""])])
 print("claimed", flush=True)
 sys.stdin.read()
 """
@@ -168,11 +175,12 @@ def test_a_resumed_run_needs_its_state_and_its_log(begun, script, tmp_path):
     torch.save(saved | {"step": "1"}, state)
     refused(script(*begun, "--resume"), "sft.state.pt: not a saved state")
     state.write_bytes(good)
-    assert script(*begun, "--resume").returncode == 0
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "config.json").write_text("{}")
+    assert script(*begun, "--resume", "--export", "folder").returncode == 0
     result = script(*begun, "--resume", "--export", "folder")  # finished: the folder is what it wrote
     assert result.returncode == 0 and "nothing to resume" in result.stdout
+    (tmp_path / "another").mkdir()
+    (tmp_path / "another" / "config.json").write_text("{}")
+    refused(script(*begun, "--resume", "--export", "another"), "--export another", "exists already")
     result = script(*begun, "--resume", "--out", "other.pt")
     assert result.returncode == 0 and "no other.state.pt, so nothing to resume" in result.stdout
 
@@ -252,14 +260,14 @@ def small_disk():
 
 def test_a_full_disk_is_one_sentence(small_disk, script, tmp_path, tiny_file):
     """Bugs: PyTorch's "unexpected pos" with a traceback; half a file; the old result lost."""
-    (tmp_path / "big.jsonl").write_text('{"id": 0}\n')
+    (tmp_path / "big.jsonl").write_text('{"id": 0, "task": "igsm"}\n')
     cannot = ": cannot be written: " + os.strerror(errno.EFBIG)
     refused(script("sft.py", "--model", tiny_file, *FEW), "sft.pt" + cannot)
     refused(script("data.py", "--n", 100, "--ops", 5, 5, "--out", "big.jsonl"), "big.jsonl" + cannot)
     assert sorted(contents(tmp_path)) == ["big.jsonl", "sft.csv"]
     with pytest.raises(data.InputError, match="folder: cannot be written"):
         sample.export_policy(sample.load_policy(tiny_file, device="cpu"), tmp_path / "folder")
-    assert (tmp_path / "big.jsonl").read_text() == '{"id": 0}\n'
+    assert (tmp_path / "big.jsonl").read_text() == '{"id": 0, "task": "igsm"}\n'
 
 
 @pytest.mark.parametrize("error, words", [

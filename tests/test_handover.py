@@ -182,8 +182,9 @@ def handed(script, tiny_file, tmp_path):
 
 def test_rl_records_and_settings(handed, script):
     """Bugs: a field that verl or TRL calls otherwise; a batch of prompts where TRL counts completions; a
-    schedule that is lost; an old folder overwritten; a flag that no other library has, dropped in silence."""
-    folder = handed("grpo.py", "--lr-decay", 0.5, "--epochs", 2)
+    schedule that is lost; an old folder overwritten; a flag that no other library has, or the problems that
+    are held out, dropped in silence."""
+    folder = handed("grpo.py", "--lr-decay", 0.5, "--epochs", 2, "--eval-every", 5, "--eval-n", 7)
     rows = [json.loads(line) for line in (folder / "rl.jsonl").read_text().splitlines()]
     assert len(rows) == 3 * 2
     for index, row in enumerate(rows):
@@ -197,10 +198,14 @@ def test_rl_records_and_settings(handed, script):
     assert (trl["max_steps"], trl["num_iterations"]) == (6, 2)
     assert trl["lr_scheduler_kwargs"]["num_decay_steps"] == 3
     assert trl["adam_beta2"] == 0.95 and trl["use_bias_correction_kl"] is False
+    held_out = [json.loads(line) for line in (folder / "val.jsonl").read_text().splitlines()]
+    assert [row["extra_info"] for row in held_out] == [{"split": "val", "index": i} for i in range(7)]
+    assert not {row["prompt"][0]["content"] for row in held_out} & {row["prompt"][0]["content"] for row in rows}
     verl = (folder / "verl-grpo.sh").read_text()
     for words in ("train_batch_size=2", "rollout.n=4", "use_kl_loss=True", "kl_loss_coef=0.1",
                   "clip_ratio_high=0.3", "loss_agg_mode=seq-mean-token-mean", "no linear decay",
-                  "reward.custom_reward_function.path=$PWD/data.py"):
+                  "reward.custom_reward_function.path=$PWD/data.py", "val_files=$PWD/val.jsonl",
+                  "test_freq=5"):
         assert words in verl
     assert not subprocess.run(["bash", "-n", folder / "verl-grpo.sh"]).returncode
     again = script("grpo.py", *RL, "--hand-over", "folder")

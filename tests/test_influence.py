@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
@@ -310,5 +311,10 @@ def test_entropy_and_perplexity(tiny):
             total += log_prob(policy.model, sample.encode_prompt(policy.tokenizer, question), ids).item()
         tokens += len(ids)
     assert found["perplexity"] == pytest.approx(math.exp(-total / tokens), rel=1e-5)
+    # answers that cannot be injected: none, one with a line that is no step, one that is injected already
+    injected = inject.inject(problems[1], problems[1].response, ("reflection",), 1)
+    for response in ("", problems[1].response.replace("\n- ", "\n- first I add\n- ", 1), injected):
+        others = [problems[0], replace(problems[1], response=response)]
+        assert evaluation.sft_answers(policy, others, 3)[0] == "the problems' own"
     policy.info["base"]["data"] = "runs/mine-1.jsonl"
     assert evaluation.sft_answers(policy, problems, 3)[1][0] == (problems[0].question, problems[0].response)

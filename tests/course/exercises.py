@@ -103,7 +103,7 @@ def check_answer(data, seed):
              f"<think>\n<think>x</think><answer>{box}</answer>", f"{think}</think><answer>{box}</answer>",
              f"{think}<answer>\\boxed{{9**9**9}}</answer>", "", "</think>", f"{think}<answer>\\boxed{{{n}",
              f"{think}{box}<answer>{box}</answer>", f"{think}so <answer>{box}</answer>",
-             f"<think><answer>x</think><answer>{box}</answer>",
+             f"<think><answer>x</think><answer>{box}</answer>", f"so <think>x</think><answer>{box}</answer>",
              f"{think}<answer>\\boxed{{{'1' * 101}}}</answer>"]
     return {f"read_answer({text!r})": data.read_answer(text) for text in texts}
 
@@ -416,8 +416,8 @@ EXERCISES = [
         "A reward that cannot be gamed", "data", ("read_answer",), points=6, hours=1.5,
         formula="The integer of the one `\\boxed{...}`, ASCII digits with an optional minus, inside the one "
                 "`<answer>...</answer>` that follows the one `</think>` directly and ends the text (white "
-                "space aside); else None. No `<answer>`, `\\boxed` or second `<think>` before `</think>`; "
-                "the first `<think>` may be missing. A number has at most 100 digits. Source: deviation 3 in "
+                "space aside); else None. No `<answer>` and no `\\boxed` before `</think>`; `<think>` may stand at "
+                "the very beginning and nowhere else, or be missing. A number has at most 100 digits. Source: deviation 3 in "
                 "README.",
         read="data.py, section 8",
         hint="Cut at the first `</think>`; then say what either part must not hold.",
