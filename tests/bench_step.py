@@ -3,7 +3,7 @@
     python tests/bench_step.py [--ckpt sft.pt] [--steps 8] [--out results/benchmarks.md]
 
 Needs trl, datasets and accelerate. Both start from the same policy, at the tiny default's settings: 16 problems x
-8 rollouts, at most 256 new tokens, beta 1e-3, fp32. TRL runs from what `grpo.py --hand-over` wrote; after each of
+8 rollouts, at most 400 new tokens, beta 1e-3, fp32. TRL runs from what `grpo.py --hand-over` wrote; after each of
 its steps one of ours is timed, once with flat groups (as TRL does) and once without them (our default). The first
 two steps warm up; each side learns on its own, so that lengths drift alike. Ratios of one run count.
 """

@@ -343,6 +343,8 @@ def compare_runs(name, a, b, questions):
     """A check of two logs: what answers.json says beside what the logs say, and the figure."""
     def check(folder):
         logs = [read_log(folder, name) for name in (a, b)]
+        if len(logs[0]["step"]) != len(logs[1]["step"]):
+            raise ValueError(f"{a} and {b} have not as many steps")
         if logs[0]["grad_norm"] == logs[1]["grad_norm"]:
             raise ValueError(f"{a} and {b} are the same log")
         given = json.loads((folder / "answers.json").read_text()).get(name, {})
@@ -416,9 +418,9 @@ EXERCISES = [
         "A reward that cannot be gamed", "data", ("read_answer",), points=6, hours=1.5,
         formula="The integer of the one `\\boxed{...}`, ASCII digits with an optional minus, inside the one "
                 "`<answer>...</answer>` that follows the one `</think>` directly and ends the text (white "
-                "space aside); else None. No `<answer>` and no `\\boxed` before `</think>`; `<think>` may stand at "
-                "the very beginning and nowhere else, or be missing. A number has at most 100 digits. Source: deviation 3 in "
-                "README.",
+                "space aside); else None. No `<answer>` and no `\\boxed` before `</think>`; `<think>` may "
+                "stand at the very beginning and nowhere else, or be missing. A number has at most 100 "
+                "digits. Source: deviation 3 in README.",
         read="data.py, section 8",
         hint="Cut at the first `</think>`; then say what either part must not hold.",
         check=check_answer),
@@ -546,7 +548,7 @@ EXERCISES = [
                 "    python grpo.py --ckpt vanilla-sft.pt --steps 24 --prompts 6 --eval-every 0 "
                 "--out vanilla.pt",
         read='README, "Does BRIDGE help at this size?"',
-        hint="Gain: mean of the last 10 steps less that of the first 10. One seed proves nothing: say what "
-             "would.",
+        hint="Gain: mean of the last 10 steps less that of the first 10, from the log (`--curves` takes "
+             "others). One seed proves nothing: say what would.",
         check=compare_runs("behaviors", "std.csv", "vanilla.csv", BEHAVIORS)),
 ]

@@ -95,13 +95,14 @@ def make(out, chosen):
                 if (chapter, name) not in names:
                     text = blank(text, name, f"hidden: it would show exercise {k}")
         (out / f"{chapter}.py").write_text(text)
-    readme = grade.read(grade.ROOT / "README.md")
-    (out / "README.md").write_text(re.sub(r"^## Teach with it\n.*?(?=^## )", "", readme, flags=re.M | re.S))
     (out / "EXERCISES.md").write_text(INTRODUCTION + "\n".join(describe(*pair) for pair in numbered))
     pictures = [f"results/tiny/{path.name}" for path in (grade.ROOT / "results/tiny").glob("*.png")]
-    for name in ("requirements.txt", "results/tiny/igsm.pt", "tests/course/exercises.py",
-                 "tests/course/grade.py", *pictures):
+    for name in ("requirements.txt", "results/tiny/igsm.pt", "results/tiny/promptbench.pt",
+                 "tests/course/exercises.py", "tests/course/grade.py", *pictures):
         shutil.copy(grade.ROOT / name, out / name)
+    readme = re.sub(r"^## Teach with it\n.*?(?=^## )", "", grade.read(grade.ROOT / "README.md"), flags=re.M | re.S)
+    gone = lambda link: link[0] if re.match("#|https?:", link[2]) or (out / link[2]).exists() else link[1]
+    (out / "README.md").write_text(re.sub(r"\[([^]]+)\]\(([^)]+)\)", gone, readme))
     questions = {exercise.names[0]: dict.fromkeys(exercise.questions) | {"why": ""}
                  for _, exercise in numbered if not exercise.chapter}
     (course / "experiments/answers.json").write_text(json.dumps(questions, indent=1))

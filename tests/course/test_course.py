@@ -81,7 +81,7 @@ def test_nothing_in_the_students_copy_gives_an_answer_away(students):
     files = sorted(str(path.relative_to(students)) for path in students.rglob("*") if path.is_file())
     pictures = [f"results/tiny/{path.name}" for path in (grade.ROOT / "results/tiny").glob("*.png")]
     assert files == sorted([*(f"{chapter}.py" for chapter in grade.CHAPTERS), "EXERCISES.md", "README.md",
-                            "requirements.txt", "results/tiny/igsm.pt", *pictures,
+                            "requirements.txt", "results/tiny/igsm.pt", "results/tiny/promptbench.pt", *pictures,
                             "tests/course/exercises.py", "tests/course/grade.py",
                             "tests/course/expected.json", "tests/course/experiments/answers.json"])
     texts = [name for name in files if name.endswith((".py", ".md", ".json"))]
@@ -97,7 +97,9 @@ def test_nothing_in_the_students_copy_gives_an_answer_away(students):
             theirs = grade.find(grade.parse(grade.read(students / f"{exercise.chapter}.py")), name)
             assert ">>>" not in (grade.ast.get_docstring(theirs) or "")
             assert grade.ast.unparse(theirs.args) == grade.ast.unparse(function.args)
-    assert "## Teach with it" not in everything
+    readme = grade.read(students / "README.md")
+    assert "## Teach with it" not in everything and "](#" in readme and "](https://" in readme
+    assert all((students / link).exists() for link in re.findall(r"\]\(([^)#:]+)\)", readme))
 
 
 def test_exercises_that_were_not_chosen_stay_whole(tmp_path):
