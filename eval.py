@@ -1001,9 +1001,15 @@ def read_arguments():
         parser.refuse(args, others, f"with --{mode}, which measures nothing")
     if args.data:
         parser.refuse(args, (*sft.DRAWING, "ood", "n"), "with --data, which brings its problems")
+        if len(set(map(data.place, args.data))) < len(args.data):
+            raise data.InputError("--data: names a file twice; name each once")
     args.influence, args.entropy = args.influence or bool(args.html), args.entropy or bool(args.html)
     if (args.influence or args.entropy) and not args.samples:
         args.samples = 8
+    if not mode and not (args.influence or args.entropy):
+        parser.refuse(args, ["micro_tokens"], "without --influence, --entropy or --html")
+    if args.data and not args.samples:
+        parser.refuse(args, ["seed"], "with --data and without --samples: nothing is drawn")
     if args.influence and args.samples == 1:
         raise data.InputError("--samples 1: influence needs right and wrong rollouts; give --samples 8")
     if args.plot and not args.samples and not mode:

@@ -253,8 +253,8 @@ class CtrlC:
         print("\nfinishing this step, then saving; Ctrl-C again stops at once", file=sys.stderr)
 
 
-# Flags that may differ when a run is resumed: they name files, whose contents are compared, or change no
-# number that is computed
+# Flags that may differ when a run is resumed: they name files, of which weights and data are compared, or
+# change no number that is computed
 FREE = {"ckpt", "model", "data", "out", "export", "resume", "save_every", "eval_every", "eval_n", "patience",
         "command"}
 # so may these, which change its rounding alone (not in pretraining, where a micro-batch is an update)

@@ -439,6 +439,9 @@ def test_table_and_json(script, tmp_path, tiny_file):
     (["--curves", "head.csv", "folder.pt/head.csv"], ["files' names"]),
     (["--curves", "short.csv"], ["short.csv", "grpo.py"]), (["--curves", "long.csv"], ["long.csv", "grpo.py"]),
     (["--data", "empty.jsonl", "--ops", "3", "4"], ["--ops", "--data"]),
+    (["--data", "empty.jsonl", "empty.jsonl"], ["--data", "twice"]),
+    (["--data", "empty.jsonl", "--seed", "3"], ["--seed has no effect", "--samples"]),
+    (["--micro-tokens", "100"], ["--micro-tokens has no effect", "--influence"]),
     (["--influence", "--samples", "1"], ["--samples", "influence"]),
     (["--html", "no/x.html"], ["no/x.html"])])
 def test_bad_input_is_one_sentence(script, tmp_path, tiny_file, arguments, words):

@@ -535,12 +535,12 @@ EXERCISES = [
         check=compare_runs("std", "std.csv", "no-std.csv", STD)),
     Exercise(
         "Experiment: the clip, with two epochs", "", ("clip",), points=5, hours=1.0,
-        formula="std.csv (one epoch, as above) and epochs-2.csv:\n\n"
+        formula="std.csv (one epoch, as above) and two-epochs.csv:\n\n"
                 "    python grpo.py --ckpt sft.pt --steps 24 --prompts 6 --eval-every 0 --epochs 2 "
-                "--out epochs-2.pt",
+                "--out two-epochs.pt",
         read="grpo.py, departure 1, `update`",
         hint="Why is the first exactly 0?",
-        check=compare_runs("clip", "std.csv", "epochs-2.csv", CLIP)),
+        check=compare_runs("clip", "std.csv", "two-epochs.csv", CLIP)),
     Exercise(
         "Experiment: behaviors on and off, at equal questions", "", ("behaviors",), points=5, hours=1.5,
         formula="std.csv (bridge, as above) and vanilla.csv:\n\n"
