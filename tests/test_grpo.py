@@ -718,8 +718,8 @@ def test_every_option_finds_the_better_arm(options):
         policy = SimpleNamespace(model=model, device=torch.device("cpu"),
                                  tokenizer=SimpleNamespace(pad_token_id=0))
         args = arguments(**{"beta": 1e-3, "max_new_tokens": 1, **options})
-        optimizer = sft.Optimizer(model, lr=0.03, weight_decay=0)
-        for _ in range(150):
+        optimizer = sft.Optimizer(model, lr=0.1, weight_decay=0)
+        for _ in range(50):
             logp = model.lm_head.weight.detach()[:, 0].log_softmax(0)
             arms = torch.multinomial(logp.exp(), 64, replacement=True, generator=generator).view(8, 8)
             rewards = (torch.rand(8, 8, generator=generator) < torch.tensor([0.2, 0.8])[arms]).float()

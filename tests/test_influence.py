@@ -189,26 +189,26 @@ def agree(predicted, gained, lr):
 
 
 def test_prediction_and_a_real_step():
-    """Bug: a formula that no step follows. 16 queries are trained on, 64 others are watched: each gains what
+    """Bug: a formula that no step follows. 16 queries are trained on, 24 others are watched: each gains what
     was predicted for it. Their influence on each other is had from two calls, since in the pool of both, G is
-    the mean of both parts' G. Shuffled rollouts fail. (Found: correlation 0.99999, slope 1.0001 lr. The
+    the mean of both parts' G. Shuffled rollouts fail. (Found: correlation 0.999999, slope 0.99996 lr. The
     statement holds for any reward; this one is soon earned: a first step in one of the wordings.)"""
     policy = sample.load_policy(sample.TINY_BASE.with_stem("base"))  # has read both wordings
     options = dict(ops=(2, 2), size=(2, 3), max_value=100, split="val")  # short prompts
-    problems = [p for p, _ in zip(data.generate(**options), range(120))]
+    problems = [p for p, _ in zip(data.generate(**options), range(80))]
     prompts = [sample.encode_prompt(policy.tokenizer, p.question) for p in problems]
     rolled = sample.generate(policy, prompts, 4, max_new_tokens=16)
     rewards = torch.tensor([[float(sample.decode(policy.tokenizer, r.tokens).startswith("\n- Let"))
                              for r in group] for group in rolled])
-    mixed = [q for q in range(120) if 0 < rewards[q].sum() < 4][:80]
+    mixed = [q for q in range(80) if 0 < rewards[q].sum() < 4][:40]
     rewards, groups = rewards[mixed], [[(prompts[q], r.tokens) for r in rolled[q]] for q in mixed]
-    trained, watched, lr = slice(0, 16), slice(16, 80), 1e-4
+    trained, watched, lr = slice(0, 16), slice(16, 40), 1e-4
     pool = evaluation.influence(policy, groups, rewards)[1][watched]
     among = evaluation.influence(policy, groups[watched], rewards[watched])[1]
-    predicted = (80 * pool - 64 * among) / 16
+    predicted = (40 * pool - 24 * among) / 16
     after = one_step(policy, groups[trained], rewards[trained], lr)
-    change = log_probs(after, groups[watched]) - log_probs(policy, groups[watched])  # (64, 4)
-    assert len(predicted) == 64 and agree(predicted, objective(change, rewards[watched]), lr)
+    change = log_probs(after, groups[watched]) - log_probs(policy, groups[watched])  # (24, 4)
+    assert len(predicted) == 24 and agree(predicted, objective(change, rewards[watched]), lr)
     assert not agree(predicted, objective(change.roll(1, 1), rewards[watched]), lr)  # within each group
     assert not agree(predicted, objective(change.roll(1, 0), rewards[watched]), lr)  # of another query
 

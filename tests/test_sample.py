@@ -4,7 +4,6 @@ import functools
 import math
 import os
 import string
-import subprocess
 import sys
 from pathlib import Path
 
@@ -459,10 +458,9 @@ def test_describe_names_the_slow_path():
     assert "slow" in sample.describe(policy_of("gpt2"))
 
 
-def test_command(tmp_path):
+def test_command(script, tiny_file):
     """Catches a command that fails on a checkpoint of sft.py's format, and an exit code other than 2 for a missing file."""
-    sample.save_policy(tmp_path / "p.pt", policy_of("qwen2"))
-    script = str(Path(sample.__file__))
-    run = lambda *args: subprocess.run([sys.executable, script, *args], cwd=tmp_path, capture_output=True, text=True)
-    missing = run("--ckpt", "gone.pt")
-    assert missing.returncode == 2 and "gone.pt" in missing.stderr and "Traceback" not in missing.stderr
+    shown = script("sample.py", "--ckpt", tiny_file, "--n", 2, "--max-new-tokens", 8)
+    assert shown.returncode == 0 and "reward" in shown.stdout, shown.stderr
+    missing = script("sample.py", "--ckpt", "gone.pt")
+    assert missing.returncode == 2 and missing.stderr.startswith("error: gone.pt: ")
