@@ -436,6 +436,11 @@ class IGSM:
     letters = LETTERS       # each quantity has a letter of its own
     numbers = True          # a plain equation shows the numbers that it adds up: x = y + z = 2 + 3 = 5
 
+    def harder(self, options):
+        """What is drawn out of distribution where nobody says it: up to 3 operations more, 30 at most."""
+        return {"ops": [min(RANGES["ops"][1], options.get("ops", (15, 20))[1] + more)
+                        for more in (1, 3)]}
+
     def ask(self, target):
         """The question line that asks for a quantity."""
         owner, item = target.removeprefix("each ").split("'s ")
@@ -592,6 +597,9 @@ class PromptBench:
                       + f"(?: {pattern(analysis, text='[^,]+')})?"
                       + " (?:(?P<equation>(?P=name) = [^,]+)|"
                       + pattern(reflection, missing="[a-z]+(?: and [a-z]+)?", x="(?P=name)") + ")")
+
+    def harder(self, options):
+        return {"redundancy": [20, 22]}
 
     def ask(self, target):
         return self.question.format(name=target)

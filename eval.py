@@ -337,15 +337,14 @@ def measure_entropy(policy, problems, rollouts, seed, micro_tokens):
 # ------------------------------------------------------------------------------------------------- 4. Figures
 def run_of(name):
     """The run that a file belongs to, without its seed: "logs/bridge-rl-3.csv" -> "bridge-rl"."""
-    name = os.path.basename(os.path.normpath(name)).lstrip("_")  # for Matplotlib "_name" is not to be shown
-    return re.sub(r"(-\d+)?(\.(pt|csv|jsonl))?$", "", name, count=1)
+    return re.sub(r"(-\d+)?(\.(pt|csv|jsonl))?$", "", os.path.basename(os.path.normpath(name)), count=1)
 
 
 def by_run(pairs):
     """(file name, value) pairs -> {run: [values of its seeds]}, in order."""
     runs = defaultdict(list)
     for name, value in pairs:
-        runs[run_of(name)].append(value)
+        runs[run_of(name).lstrip("_")].append(value)  # Matplotlib hides a label "_name"
     return runs
 
 
@@ -595,9 +594,9 @@ def counts(score):
         return {}
     found, n = score["behaviors"], score["n"]
     reliable, faults = found["reliable"], found["first_fault"]
-    return {name: round(found[name] * n) for name in ("reflections", "analyses", "subgoals")} | {
+    return {name: round(found[name] * n) for name in COUNTS[:COUNTS.index("locked")]} | {
         "locked": reliable["locked"][1], "false_reflections": reliable["ready"][1] - reliable["ready"][0]} | {
-        kind: faults.get(kind, 0) for kind in COUNTS[5:]}
+        kind: faults.get(kind, 0) for kind in COUNTS[COUNTS.index("order"):]}
 
 
 def commit():
@@ -663,7 +662,7 @@ def shares(rows):
         n = numbers.setdefault((row["task"], row["split"], row["seed"]), row["n"])
         if n != row["n"]:
             raise data.InputError(f"{where}: measured on {row['n']} problems, another of this seed on {n}: "
-                                  "measure both on as many (--n)")
+                                  "measure both on the same problems")
         if row["seed"] in cell[row["method"], row["stage"]]:
             raise data.InputError(f"{where}: two rows that differ in ops alone; keep one --results file for "
                                   "each")
@@ -982,10 +981,10 @@ def add_flags(parser):
     add("--report", metavar="FILE.csv", help="print such a file as a table over seeds and stop")
 
 
-# what has no effect on a table or a log that is there already
 # how a figure of Matplotlib begins: .png, .pdf, .svg
 FIGURES = [rb"\x89PNG.{37}Software\0Matplotlib", rb"%PDF-1\.\d\n%\xac\xdc \xab\xba",
            rb"<\?xml.{,1000}Matplotlib"]
+# what has no effect on a table or a log that is there already
 MEASURING = ("ckpt", "data", *sft.DRAWING, "ood", "n", "max_new_tokens", "samples", "seed", "influence",
              "entropy", "micro_tokens", "html", "json", "results")
 
@@ -1009,7 +1008,7 @@ def read_arguments():
     if not mode and not (args.influence or args.entropy):
         parser.refuse(args, ["micro_tokens"], "without --influence, --entropy or --html")
     if args.data and not args.samples:
-        parser.refuse(args, ["seed"], "with --data and without --samples: nothing is drawn")
+        parser.refuse(args, ["seed"], "without --samples where --data brings the problems")
     if args.influence and args.samples == 1:
         raise data.InputError("--samples 1: influence needs right and wrong rollouts; give --samples 8")
     if args.plot and not args.samples and not mode:
@@ -1048,18 +1047,14 @@ def read_splits(args):
         splits = {path: read_file(path) for path in args.data}
         args.task = splits[args.data[0]][0].task  # of the default checkpoint
         return splits
-    options, name = data.problem_options(args), data.TASKS[args.task].hardness
-    if args.ood:
-        harder = {name: args.ood}
-    elif data.is_tiny(args):
-        harder = data.TINY_OOD[args.task]
-    else:
-        harder = {name: [min(30, args.ops[1] + more) for more in (1, 3)] if name == "ops" else [20, 22]}
+    options, task = data.problem_options(args), data.TASKS[args.task]
+    harder = data.TINY_OOD.get(args.task) if data.is_tiny(args) else None
+    harder = {task.hardness: args.ood} if args.ood else harder or task.harder(options)
     for name in () if args.ood else options.keys() & harder:
         (low, high), given = harder[name], options[name]
         if not (given[1] <= low and given[1] < high):
-            raise data.InputError(f"--{name} {data.show(given)}: the default out of distribution, {low} to "
-                                  f"{high}, is not harder: pass --ood LO HI")
+            raise data.InputError(f"--{name} {data.show(given)}: what is drawn out of distribution, {low} to "
+                                  f"{high}, is not harder: lower it, or pass --ood LO HI")
     splits = {"id": options, "ood": options | harder}
     return {name: list(itertools.islice(data.generate(seed=args.seed, split="test", **chosen), args.n))
             for name, chosen in splits.items()}
@@ -1135,15 +1130,18 @@ def details(scores):
 def measure_all(args, splits):
     """--ckpt's checkpoints, one after the other: [{"path", "splits": {split: scores}}]."""
     extra = [name for name in ("influence", "entropy") if getattr(args, name)]
+    names = [sample.default_checkpoint(name, args.task) for name in args.ckpt or [None]]
     results, rows = [], {}
-    for name in [sample.default_checkpoint(name, args.task) for name in args.ckpt or [None]]:
+    for name in names if args.results or extra else ():  # all of them before the first is measured
         policy = sample.load_policy(name)
         if extra:
             sft.check_head(policy)
-        other = rows.setdefault(origin(policy, name), name)
-        if args.results and data.place(other) != data.place(name):
-            raise data.InputError(f"--results: {other} and {name} would be one row, {origin(policy, name)}; "
-                                  "give each a --results file of its own")
+        row = ", ".join(map(str, origin(policy, name)))
+        if args.results and data.place(rows.setdefault(row, name)) != data.place(name):
+            raise data.InputError(f"--results: {rows[row]} and {name} would be one row ({row}): give each a "
+                                  "file of its own")
+    for name in names:
+        policy = sample.load_policy(name)
         if not results:
             print(sample.describe(policy))
         scores = {split: measure(policy, problems, args.max_new_tokens, args.samples, args.seed,

@@ -232,15 +232,16 @@ def check(args, parser):
     if args.method != "bridge":
         parser.refuse(args, ("behaviors", "p", "p_analysis", "p_reflection", "official"),
                       f"with --method {args.method}")
-    behaviors = f"with --behaviors {' '.join(args.behaviors)}" if args.behaviors else "without --behaviors"
+    behaviors = f"with --behaviors {' '.join(args.behaviors) or 'and none named'}"
     drawn = [name for name in ("analysis", "reflection") if name in args.behaviors]
     for name in {"analysis", "reflection"}.difference(drawn):
         parser.refuse(args, (f"p_{name}",), behaviors)
     if not drawn:
         parser.refuse(args, ("p", "official"), behaviors)
         parser.refuse(args, ("seed",) if args.file and args.method == "bridge" else (), behaviors)
-    if not args.official and all(getattr(args, f"p_{name}") is not None for name in drawn):
-        parser.refuse(args, ("p",), "with --p-analysis and --p-reflection")
+    own = [f"p_{name}" for name in drawn if name == "reflection" or not args.official]  # who else needs --p?
+    if own and all(getattr(args, name) is not None for name in own):
+        parser.refuse(args, ("p",), "with " + " and ".join(f"--{name.replace('_', '-')}" for name in own))
     if args.official:
         parser.refuse(args, ("p_analysis",), "with --official, where the in-degree decides")
         if drawn == ["analysis"]:

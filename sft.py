@@ -271,7 +271,7 @@ def identity(args, model, free=()):
     for p in model.parameters():
         checksum = zlib.crc32(p.detach().cpu().contiguous().view(torch.uint8).numpy(), checksum)
     same["a model with checksum"] = checksum
-    same["on a device of type"] = next(model.parameters()).device.type
+    same["a device of type"] = next(model.parameters()).device.type
     if args.data:
         with open(args.data, "rb") as file:
             same["--data with checksum"] = zlib.crc32(file.read())
@@ -326,7 +326,7 @@ class Run:
             before, now = self.state["flags"].get(name), self.flags.get(name)
             if before != now:
                 raise data.InputError(f"{self.path} was begun with {name} {before}, not {now}: "
-                                      "to go on, repeat the flags and files of its start")
+                                      "to go on, repeat the flags, files and device of its start")
         print(f"resuming {args.out} after step {self.state['step']}")
 
     def save(self, step, optimizer, **more):
@@ -413,7 +413,7 @@ def check_files(args, parser, start):
     exported = False  # whether that folder is this run's: one that was killed so late has begun it
     if args.export and args.resume and os.path.exists(args.out):
         info = sample.read_pt(args.out, "name another --out").get("info") or {}
-        exported = info.get("export") == args.export
+        exported = bool(info.get("export")) and data.place(info["export"]) == data.place(args.export)
     files = [("--out", args.out, [b""]),  # an old result and its log are set aside
              ("--out", f"{stem}.csv", [b"step,", b"pool,"]), ("--out", f"{stem}.state.pt", [b""]),
              ("--export", None if exported else args.export, None)]

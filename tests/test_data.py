@@ -279,6 +279,7 @@ def test_a_task_of_ones_own_gets_its_options(monkeypatch):
     for flags, options, tiny in ((["--ops", "3", "4"], {"ops": [3, 4]}, False), ([], {}, True)):
         args = parser.parse_args(["--task", "new", *flags])
         assert (data.problem_options(args), data.is_tiny(args)) == ({"task": "new"} | options, tiny)
+    assert data.TASKS["new"].harder({}) == {"ops": [21, 23]} and data.TASKS["new"].harder({"ops": [3, 4]}) == {"ops": [5, 7]}
 
 
 def test_splits_are_disjoint():

@@ -3,7 +3,8 @@
     python tests/course/make.py OUT                          # all exercises
     python tests/course/make.py OUT --exercises 1 4 7
 
-OUT gets the six scripts, README without its page for teachers, the tiny base model, EXERCISES.md, and
+OUT gets the six scripts, README without its page for teachers (a link to what is not in the copy becomes
+text), the two tasks' base models, EXERCISES.md, and
 grade.py with the values that are expected for one seed, so that students can check themselves. Not in it:
 solutions, wrong versions, tests, notes, history.
 """
