@@ -89,8 +89,9 @@ def check_head(policy):
     except AttributeError:  # parts of other names
         same = False
     if not same:
-        raise data.InputError(f"a model of type {model.config.model_type} cannot be trained here, since its "
-                              "logits are not its head's product alone; take a Qwen2/2.5, Qwen3 or Llama 3")
+        raise data.InputError(f"a model of type {model.config.model_type} cannot be trained here, nor "
+                              "measured with --influence, --entropy or --html, since its logits are not its "
+                              "head's product alone; take a Qwen2/2.5, Qwen3 or Llama 3")
 
 
 # ------------------------------------------------------------------------------------------- 2. The optimizer

@@ -296,6 +296,10 @@ def test_curves_of_seeds_share_a_band(tmp_path, script):
         result = script("eval.py", "--curves", "vanilla-1.csv", "--plot", name)
         assert result.returncode == 0, result.stderr
     assert (tmp_path / "y.pdf").read_bytes().startswith(b"%PDF")
+    (tmp_path / "paid.csv").write_text("step,reward,val_accuracy\n1,0.5,\n2,1.05,\n")  # --format-reward 0.05
+    axis = evaluation.new_figure(4, 3)[1][0][0]
+    evaluation.draw_curves(axis, [str(tmp_path / "paid.csv")])
+    assert axis.get_ylim() == (0, 1.05) and axis.get_ylabel() == "reward"
 
 
 def test_rewards_of_two_runs_are_paired_by_seed(tmp_path, script):
@@ -320,6 +324,20 @@ def test_rewards_of_two_runs_are_paired_by_seed(tmp_path, script):
     (tmp_path / "empty.csv").write_text("step,reward,val_accuracy\n")
     result = script("eval.py", "--curves", "empty.csv")
     assert result.returncode == 2 and "empty.csv: a log without a step" in result.stderr
+
+
+def test_what_needs_the_heads_product_is_refused_before_it_measures(script, tmp_path, tiny, monkeypatch):
+    """Bug: influence and entropy of Granite, which divides its logits, from logits that are not its own."""
+    from transformers import GraniteConfig, GraniteForCausalLM
+    tokenizer = tiny().tokenizer
+    config = GraniteConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+                           num_attention_heads=2, num_key_value_heads=2, logits_scaling=8.0,
+                           eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    sample.save_policy(tmp_path / "granite.pt", sample.Policy(GraniteForCausalLM(config), tokenizer, tiny().device))
+    monkeypatch.setattr(evaluation, "measure", None)
+    for flag in ("--influence", "--entropy"):
+        result = script("eval.py", "--ckpt", "granite.pt", "--n", 2, flag)
+        assert result.returncode == 2 and "type granite cannot be trained here, nor measured" in result.stderr
 
 
 def test_without_matplotlib(tmp_path, script, monkeypatch):

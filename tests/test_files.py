@@ -176,7 +176,7 @@ def test_a_resumed_run_needs_its_state_and_its_log(begun, script, tmp_path):
     refused(script(*begun, "--resume"), "sft.state.pt: not a saved state")
     state.write_bytes(good)
     assert script(*begun, "--resume", "--export", "folder").returncode == 0
-    result = script(*begun, "--resume", "--export", "folder")  # finished: the folder is what it wrote
+    result = script(*begun, "--resume", "--export", "./folder/")  # finished: the folder is what it wrote
     assert result.returncode == 0 and "nothing to resume" in result.stdout
     (tmp_path / "another").mkdir()
     (tmp_path / "another" / "config.json").write_text("{}")

@@ -282,6 +282,7 @@ def test_what_changes_rounding_alone_may_change_on_the_way(tiny):
     before, after = (sft.identity(SimpleNamespace(**args | changed), model, sft.ROUNDING)
                      for changed in ({}, dict(micro_tokens=64, gradient_checkpointing=True)))
     assert before == after != sft.identity(SimpleNamespace(**args | dict(lr=1e-4)), model, sft.ROUNDING)
+    assert before["a device of type"] == "cpu"  # begun on a GPU it would go on to other weights
 
 
 def test_a_pretraining_that_blows_up_keeps_its_weights(tiny):
